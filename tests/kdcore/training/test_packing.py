@@ -77,7 +77,7 @@ class Cached:
     Its rows are drawn, so that a row that reads another one's is noticed.
     """
 
-    def logits(self, keys: list[int], device: torch.device) -> Wide:
+    def arrays(self, keys: list[int]) -> dict[str, Tensor]:
         found = []
         for key in keys:
             generator = torch.Generator().manual_seed(key)
@@ -85,8 +85,11 @@ class Cached:
             ids = torch.rand(count, CLASSES, generator=generator).argsort(1)[:, :5]
             logp = torch.rand(count, 5, generator=generator).log_softmax(1) - 0.1
             found.append((ids, logp[:, :-1], torch.full((count,), 1 - 0.9).log()))
-        ids, logp, tail = (torch.cat(each) for each in zip(*found, strict=True))
-        return Wide(CachedLogits(ids, logp, tail, CLASSES))
+        joined = (torch.cat(each) for each in zip(*found, strict=True))
+        return dict(zip(("ids", "logp", "tail"), joined, strict=True))
+
+    def taken(self, arrays: dict[str, Tensor], device: torch.device) -> Wide:
+        return Wide(CachedLogits(arrays["ids"], arrays["logp"], arrays["tail"], CLASSES))
 
 
 def in_float64(self: Head, linear: Tensor) -> Tensor:

@@ -140,7 +140,11 @@ def test_layers_that_a_model_does_not_have(
     folder: Path, tmp_path: Path, pair: list[int], cause: str
 ) -> None:
     matchers = [{"name": "attention", "pairs": [pair]}]
-    refused(asked(folder, tmp_path, method={"matchers": matchers}), cause, "matchers: pairs")
+    refused(
+        asked(folder, tmp_path, method={"matchers": matchers}),
+        cause,
+        "write pairs: [[STUDENT, TEACHER], ...] with 1 to 4",
+    )
 
 
 FAMILIES: dict[str, Any] = {

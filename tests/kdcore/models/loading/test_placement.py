@@ -227,7 +227,7 @@ DISTILL = {"data": {"train": SOURCE}, "student": {"model": "s"}, "teacher": {"mo
                 "teacher": {"model": "t", "device": "sharded"},
                 "data": {"train": SOURCE, "on_policy": {"policy": "interleaved"}},
             },
-            "on_policy.policy: interleaved asks the teacher in each process",
+            "on_policy.policy=interleaved asks the teacher in each process",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_method_that_needs_more_classes_is_refused_before_any_request(
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"data": {"responses": {"by": "teacher"}}}, "data.responses.by: teacher needs a teacher"),
+        ({"data": {"responses": {"by": "teacher"}}}, "data.responses.by=teacher needs a teacher"),
         ({"data": {"on_policy": {"policy": "interleaved"}}}, "interleaved needs a teacher on this"),
         ({"data": {"teacher_cache": "c"}}, "another teacher of the same rows"),
     ],
