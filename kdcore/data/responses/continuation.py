@@ -123,6 +123,7 @@ class _Reader:
         self._cache_argument = cache_argument(plain)
         self._config, self._short = plain.config, short_length_of(plain)
         self.cache, self._read, self._long = growing_cache(self._config), 0, False
+        self._caches = self._cache_argument in self._takes and keeps_keys(self.cache)
 
     def __call__(self, tokens: Tensor, real: Tensor) -> Tensor:
         """The logits [R, V] after all tokens [R, T] so far, of which ``real`` [R, T] is the mask.
@@ -132,7 +133,7 @@ class _Reader:
         """
         asking, there = tokens.device, self._model.device
         tokens, real = tokens.to(there), real.to(there)
-        if self._cache_argument not in self._takes or not keeps_keys(self.cache):
+        if not self._caches:
             return self._without_cache(tokens, real).to(asking)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if self._short is not None and (positions.max() >= self._short).item() != self._long:

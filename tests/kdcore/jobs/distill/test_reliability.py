@@ -19,7 +19,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.trainer import checkpoint as checkpoint_state
-from kdcore.training.trainer.trainer import DistillationTrainer
+from tests.fixtures.interrupted import interrupted_after
 from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -224,23 +224,16 @@ def test_what_is_passed_on_to_the_trainer_is_of_its_type(
 
 
 def test_a_run_over_a_stream_goes_on_with_the_rows_that_it_has_read(
-    asked: dict[str, Any], unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any], unbroken: Any, tmp_path: Path
 ) -> None:
     """Whatever the stream gives by then."""
     chat = Path(asked["data"]["train"]["path"])
-    path, step = tmp_path / "rows.jsonl", DistillationTrainer.training_step
+    path = tmp_path / "rows.jsonl"
     path.write_text(chat.read_text())
     stream = {"name": "dataset", "path": str(path), "streaming": True, "limit": 9}
     spec = spec_of(asked, tmp_path / "run", data={"train": stream})
 
-    def interrupted(self: Any, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *given)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(3):
         distill(spec)
-    monkeypatch.setattr(DistillationTrainer, "training_step", step)
     path.write_text("".join(sorted(chat.read_text().splitlines(keepends=True), reverse=True)))
     assert same(weights(distill(spec, resume=True)), unbroken)

@@ -27,8 +27,8 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore_baselines.sources.hub import streams
+from tests.fixtures.interrupted import interrupted_after
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
 from tests.plugins.sources.test_hub_datasets import source
@@ -216,22 +216,13 @@ def test_a_resumed_run_reads_on_to_the_same_bits(
     asked: dict[str, Any],
     unbroken: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    step = DistillationTrainer.training_step
     more = {"trainer": {"dataloader_num_workers": workers}}
     spec = spec_of(asked, tmp_path, training=more)
 
-    def interrupted(self: Any, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *given)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(3):
         distill(spec)
-    monkeypatch.setattr(DistillationTrainer, "training_step", step)
     ours, theirs = weights(distill(spec, resume=True)), weights(unbroken)
     assert all(torch.equal(ours[name], each) for name, each in theirs.items())
 

@@ -17,8 +17,8 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
-from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore_baselines.sources.hub import streams
+from tests.fixtures.interrupted import interrupted_after
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
 from tests.kdcore.jobs.distill.classifiers.test_augmentation import VIT
@@ -119,22 +119,15 @@ def test_the_examples_are_those_of_the_data_from_any_place(
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_resumed_run_reads_on_to_the_same_bits(
-    folder: Path, name: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, name: str, workers: int, tmp_path: Path
 ) -> None:
     """The stream begins again in it, and the views of an image are other ones then."""
     whole = tensors(distill(DistillSpec.model_validate(asked(folder, name, tmp_path / "a"))), name)
-    step, trainer = DistillationTrainer.training_step, {"dataloader_num_workers": workers}
+    trainer = {"dataloader_num_workers": workers}
     spec = DistillSpec.model_validate(asked(folder, name, tmp_path / "b", trainer=trainer))
 
-    def interrupted(self: Any, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return step(self, *given)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(5):
         distill(spec)
-    monkeypatch.setattr(DistillationTrainer, "training_step", step)
     resumed = tensors(distill(spec, resume=True), name)
     assert all(torch.equal(resumed[each], weight) for each, weight in whole.items())
 
