@@ -21,9 +21,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from kdcore.components import registry
+from kdcore.components.optional_packages import broken_package
 from kdcore.components.registry import describe
 from kdcore.errors import UserError
-from kdcore.optional_packages import broken_package
 from kdcore.runs import interruption
 from kdcore.runs.whole_files import FULL, PART
 from kdcore_cli import guests

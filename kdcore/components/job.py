@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from kdcore.components.optional_packages import broken_package
 from kdcore.errors import UserError
-from kdcore.optional_packages import broken_package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

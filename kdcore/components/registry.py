@@ -24,8 +24,8 @@ from kdcore.components import hookspecs
 from kdcore.components.component import Component, Kind
 from kdcore.components.hookspecs import GROUP, hookimpl
 from kdcore.components.job import Job
+from kdcore.components.optional_packages import broken_package
 from kdcore.errors import UserError, nearest, with_article
-from kdcore.optional_packages import broken_package
 
 _PLACE = r"[\w.]+:\w+"
 THIS_PROGRAM = "this program"

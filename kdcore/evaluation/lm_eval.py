@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kdcore.components.optional_packages import optional_package
 from kdcore.components.registry import describe
 from kdcore.errors import UserError
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.optional_packages import optional_package
 
 
 def refuse_without_harness() -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from kdcore.components.optional_packages import optional_package
 from kdcore.components.registry import installed
 from kdcore.errors import UserError, first_line
-from kdcore.optional_packages import optional_package
 from kdcore.runs.facts import shown_versions
 
 Cluster: TypeAlias = Literal["ray"]

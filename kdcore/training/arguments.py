@@ -23,9 +23,9 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from kdcore.components.optional_packages import missing_package
 from kdcore.errors import UserError, first_line, in_field, nearest
 from kdcore.models.device import CPU, default_device, pins_memory
-from kdcore.optional_packages import missing_package
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import DecodedBatch, UserError
+from kdcore.components.optional_packages import optional_package
 from kdcore.decoding.baseline import left_padded
 from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
 from kdcore.models.transformers_versions import cache_argument
-from kdcore.optional_packages import optional_package
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced
 from kdcore_openvino.signal_stack import signal_stack_kept

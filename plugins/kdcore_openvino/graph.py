@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.optional_packages import optional_package
+from kdcore.components.optional_packages import optional_package
 
 if TYPE_CHECKING:
     from kdcore.decoding.engines.protocols import TraceablePass

@@ -13,11 +13,11 @@ from transformers.quantizers.auto import (
     AutoQuantizationConfig,
 )
 
+from kdcore.components.optional_packages import optional_package
 from kdcore.errors import UserError, nearest
 from kdcore.models.folder.config import read_config, readable
 from kdcore.models.folder.files import model_folder
 from kdcore.models.folder.weights import weight_files
-from kdcore.optional_packages import optional_package
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcore import UserError
+from kdcore.components.optional_packages import optional_package
 from kdcore.decoding.baseline import DecodedBatch
 from kdcore.errors import first_line
 from kdcore.models.folder.files import cache_folder, file_digest, made_once
-from kdcore.optional_packages import optional_package
 from kdcore_baselines.decoders.gguf_file import FORMAT, write_gguf
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdcore import Answered, BuildContext, UserError, by_keywords
-from kdcore.optional_packages import import_early, optional_package
+from kdcore.components.optional_packages import import_early, optional_package
 from kdcore_baselines.scores.components import MathParams
 
 math_verify: Any = import_early("math_verify")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcore import optional_packages
+from kdcore.components import optional_packages
 from kdcore.components.job import Job
+from kdcore.components.optional_packages import broken_package, import_early, optional_package
 from kdcore.errors import UserError
-from kdcore.optional_packages import broken_package, import_early, optional_package
 
 USER = "the engine openvino requires"
 

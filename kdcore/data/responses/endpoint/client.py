@@ -17,8 +17,8 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from kdcore.components.optional_packages import optional_package
 from kdcore.errors import UserError, nearest
-from kdcore.optional_packages import optional_package
 from kdcore.specs.parts.endpoint import EndpointSpec
 
 if TYPE_CHECKING:

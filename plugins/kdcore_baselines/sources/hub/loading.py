@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdcore.components.optional_packages import import_early, optional_package
 from kdcore.errors import UserError
-from kdcore.optional_packages import import_early, optional_package
 from kdcore_baselines.sources.components import LoadedParams
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kdcore import BuildContext
+from kdcore.components.optional_packages import import_early
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, nearest
-from kdcore.optional_packages import import_early
 from kdcore_baselines.sources.components import (
     DatasetParams,
     ImageDatasetParams,

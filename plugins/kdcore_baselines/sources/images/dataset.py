@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kdcore import BuildContext, Row
+from kdcore.components.optional_packages import import_early, missing_package
 from kdcore.errors import UserError, first_line
-from kdcore.optional_packages import import_early, missing_package
 from kdcore_baselines.sources.components import ImageDatasetParams
 from kdcore_baselines.sources.hub.sources import LabelledDatasetSource, fingerprint
 from kdcore_baselines.sources.images.tensors import (

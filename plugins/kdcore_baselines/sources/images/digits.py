@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdcore import BuildContext, Row
-from kdcore.optional_packages import import_early, optional_package
+from kdcore.components.optional_packages import import_early, optional_package
 from kdcore_baselines.sources.components import DigitsParams
 from kdcore_baselines.sources.images.tensors import CropAndFlip
 from kdcore_baselines.sources.parts import stratified
