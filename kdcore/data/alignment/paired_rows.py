@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdcore.data.alignment.other_tokens import OtherTokens
 from kdcore.data.alignment.spans import AlignedRow, align
 from kdcore.data.alignment.token_bytes import TokenBytes
-from kdcore.data.rows import RowDataset, collate
+from kdcore.data.responses.on_policy import answered, last_response, prompt_of
+from kdcore.data.rows import RowDataset, batch_of, collate
 from kdcore.data.store import row_key
 from kdcore.method.aligned import AlignedLogits
 from kdcore.method.logits import TeacherLogits
@@ -23,6 +26,10 @@ from kdcore.specs.parts.training import Alignment
 _OTHER_TEXT = (
     "the two tokenizers do not give its response the same text, and only the beginning that they "
     "share is compared"
+)
+_CUT = (
+    "in the teacher's tokens it is longer than data.max_length, and its last response is cut off "
+    "and not compared"
 )
 
 
@@ -64,9 +71,25 @@ class PairedSource:
         """
         ours = self._source.encode(example, tokenizer, max_length)
         theirs = self._source.encode(example, self._teacher, max_length)
-        found, whole = align(ours, theirs, *self._bytes, self._alignment)
+        if not ours.mask.any():
+            return ours  # training skips it
+        found, whole = self.aligned(ours, theirs)
         self.found[row_key(ours)] = found
-        return ours if whole else replace(ours, notes=(*ours.notes, _OTHER_TEXT))
+        said = {_CUT: found.lacks_last, _OTHER_TEXT: not whole}
+        return replace(ours, notes=(*ours.notes, *(note for note, is_so in said.items() if is_so)))
+
+    def aligned(self, ours: Row, theirs: Row) -> tuple[AlignedRow, bool]:
+        """The teacher's row with its relation to the student's, see `align`."""
+        return align(ours, theirs, *self._bytes, self._alignment)
+
+    def other_tokens(self, known: Iterable[Sequence[int]]) -> OtherTokens:
+        """What writes sampled responses in the teacher's tokens.
+
+        Args:
+            known: Responses of the data in these tokens.
+        """
+        ours, theirs = self._bytes
+        return OtherTokens(ours, self._teacher, theirs, known)
 
 
 class PairedRows:
@@ -76,14 +99,22 @@ class PairedRows:
         source: The source that encoded the student's rows.
         rows: The student's rows.
         pad: Padding values of the teacher's inputs, see `kdcore.data.rows.collate`.
+        context: Maximum number of positions of a teacher's row, for sampled responses; None if
+            there is no maximum.
 
     Attributes:
         aligned_rows: The teacher's row of each of the student's, with the spans of both.
     """
 
-    def __init__(self, source: PairedSource, rows: RowDataset, pad: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        source: PairedSource,
+        rows: RowDataset,
+        pad: Mapping[str, int],
+        context: int | None = None,
+    ) -> None:
         self.aligned_rows = [source.found[row_key(row)] for row in rows.rows]
-        self._pad = pad
+        self._source, self._ours, self._pad, self._context = source, rows.rows, pad, context
 
     @property
     def rows(self) -> list[Row]:
@@ -95,33 +126,66 @@ class PairedRows:
         rows = [(number, self.aligned_rows[number].row) for number in index.tolist()]
         return collate(rows, self._pad)
 
-    def aligned(self, ours: Batch, theirs: Batch, logits: TeacherLogits) -> AlignedLogits:
-        """The teacher's logits at the student's positions.
+    def sampled(self, ours: Batch) -> tuple[list[AlignedRow], Batch]:
+        """The teacher's rows of a batch, with the responses that the student sampled.
 
         Args:
-            ours: The batch of the student's rows.
-            theirs: The batch of the teacher's rows.
-            logits: The teacher's logits at the M learned positions of its rows.
+            ours: The batch of the student's rows, which learn their last response alone.
 
         Returns:
-            The logits at the N learned positions of the student's rows.
+            The rows, and their batch. A response ends where the teacher's context does.
         """
-        spans, own_spans, places = [], [], []
-        before = own_before = 0
-        rows = [self.aligned_rows[number] for number in ours.index.tolist()]
-        for each in rows:
-            spans.append(each.span + before)
-            own_spans.append(each.own_span.where(each.own_span < 0, each.own_span + before))
-            places.append(each.place + own_before)
-            before, own_before = before + len(each.span), own_before + len(each.own_span)
-        span, place, device = torch.cat(spans), torch.cat(places), ours.mask.device
-        return AlignedLogits(
-            logits,
-            sent(place, device),
-            place,
-            theirs.labels.flatten()[theirs.positions],
-            sent(torch.cat(own_spans), device),
-            sent(span, device),
-            span,
-            sent(torch.cat([each.compared for each in rows]), device),
-        )
+        read, found = ours.on_cpu or ours, []
+        for number, labels, mask in zip(ours.index.tolist(), read.labels, read.mask, strict=True):
+            known, tokens = self.aligned_rows[number], labels[mask].tolist()
+            theirs = replace(known.row, mask=torch.zeros_like(known.row.mask))
+            if not known.lacks_last:
+                prompt, said = prompt_of(known.row), last_response(known.row)
+                room = None if self._context is None else self._context + 1 - len(prompt)
+                written = self._other_tokens(tokens, last_response(self._ours[number]), said)
+                theirs = answered(known.row, prompt, written[:room])
+            found.append(self._source.aligned(Row({}, labels, mask, known.row.id), theirs)[0])
+        rows = [(n, each.row) for n, each in zip(ours.index.tolist(), found, strict=True)]
+        return found, batch_of(collate(rows, self._pad), ours.mask.device)
+
+    def aligned(self, ours: Batch) -> list[AlignedRow]:
+        """The teacher's row of each row of a batch with the responses of the data."""
+        return [self.aligned_rows[number] for number in ours.index.tolist()]
+
+    @cached_property
+    def _other_tokens(self) -> OtherTokens:
+        whole = (each.row for each in self.aligned_rows if not each.lacks_last)
+        return self._source.other_tokens(map(last_response, whole))
+
+
+def aligned_logits(
+    rows: Sequence[AlignedRow], theirs: Batch, logits: TeacherLogits
+) -> AlignedLogits:
+    """The teacher's logits at the student's positions.
+
+    Args:
+        rows: The teacher's row of each row of the student's batch.
+        theirs: The batch of these rows.
+        logits: The teacher's logits at the M learned positions of its rows.
+
+    Returns:
+        The logits at the N learned positions of the student's rows.
+    """
+    spans, own_spans, places = [], [], []
+    before = own_before = 0
+    for each in rows:
+        spans.append(each.span + before)
+        own_spans.append(each.own_span.where(each.own_span < 0, each.own_span + before))
+        places.append(each.place + own_before)
+        before, own_before = before + len(each.span), own_before + len(each.own_span)
+    span, place, device = torch.cat(spans), torch.cat(places), theirs.mask.device
+    return AlignedLogits(
+        logits,
+        sent(place, device),
+        place,
+        theirs.labels.flatten()[theirs.positions],
+        sent(torch.cat(own_spans), device),
+        sent(span, device),
+        span,
+        sent(torch.cat([each.compared for each in rows]), device),
+    )

@@ -7,8 +7,8 @@ where the texts differ, e.g. where a template leaves out a part; what follows ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -42,6 +42,8 @@ class AlignedRow:
         span: [N] int64, the number of the span of each of the student's N learned tokens.
         place: [N] int64, the index among the M of the token that each one is compared with.
         compared: [N] bool, the student's tokens that are compared.
+        lacks_last: Whether the student's last response is not in the teacher's row, which was cut
+            before it.
     """
 
     row: Row
@@ -49,6 +51,7 @@ class AlignedRow:
     span: Tensor
     place: Tensor
     compared: Tensor
+    lacks_last: bool = False
 
 
 def align(
@@ -58,7 +61,8 @@ def align(
 
     Args:
         ours: The student's row.
-        theirs: The teacher's row.
+        theirs: The teacher's row. If it has no response, its last token counts as learned, which is
+            compared with nothing.
         our_bytes: The bytes of the student's tokens.
         their_bytes: The bytes of the teacher's tokens.
         alignment: Which tokens are compared.
@@ -66,14 +70,15 @@ def align(
     Returns:
         The teacher's row with the spans, and whether the walk ended where a response ends.
     """
+    our_runs, their_runs = _responses(ours), _responses(theirs)
+    if not their_runs:
+        theirs = replace(theirs, mask=torch.arange(len(theirs.mask)) == len(theirs.mask) - 1)
     count, own_count = int(ours.mask.sum()), int(theirs.mask.sum())
     span, place = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     own_span, compared = torch.full((own_count,), -1), torch.zeros(count, dtype=torch.bool)
     base = -1 if alignment == "spans_last" else 0
     whole = True
-    for (first, our_run), (own_first, their_run) in zip(
-        _responses(ours), _responses(theirs), strict=False
-    ):
+    for (first, our_run), (own_first, their_run) in zip(our_runs, their_runs, strict=False):
         if alignment == "positions":
             pairs = min(len(our_run), len(their_run))
             spans = [Span(range(n, n + 1), range(n, n + 1)) for n in range(pairs)]
@@ -87,7 +92,8 @@ def align(
             own_span[own_first + each.theirs.start : own_first + each.theirs.stop] = start
             compared[first + each.ours[base]] = True
     place = place.cummax(0).values  # near for near positions where there is no counterpart
-    return AlignedRow(theirs, own_span, span, place, compared), whole
+    lacks_last = len(their_runs) < len(our_runs)
+    return AlignedRow(theirs, own_span, span, place, compared, lacks_last), whole
 
 
 def walk(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> tuple[list[Span], bool]:
@@ -145,10 +151,10 @@ def _without_leading_space(
     return ours, theirs
 
 
-def _responses(row: Row) -> Iterator[tuple[int, list[int]]]:
+def _responses(row: Row) -> list[tuple[int, list[int]]]:
     """The learned tokens of each response, after the number of those before it."""
     learned = row.mask.nonzero()[:, 0].tolist()
     tokens = row.labels[row.mask].tolist()
     breaks = [n for n, (a, b) in enumerate(pairwise(learned), start=1) if b != a + 1]
-    for start, stop in pairwise([0, *breaks, len(tokens)]):
-        yield start, tokens[start:stop]
+    runs = pairwise([0, *breaks, len(tokens)]) if tokens else ()
+    return [(start, tokens[start:stop]) for start, stop in runs]

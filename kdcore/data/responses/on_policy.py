@@ -250,11 +250,21 @@ def among_best(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
 
 def prompt_of(row: Row) -> list[int]:
     """The tokens before a row's last response: the last contiguous run of its mask."""
+    tokens: list[int] = row.inputs["input_ids"][: _last_run(row).start + 1].tolist()
+    return tokens
+
+
+def last_response(row: Row) -> list[int]:
+    """The tokens of a row's last response, with its end token."""
+    tokens: list[int] = row.labels[_last_run(row)].tolist()
+    return tokens
+
+
+def _last_run(row: Row) -> slice:
     learned = row.mask.tolist()
     last = len(learned) - 1 - learned[::-1].index(True)
     first = next((t + 1 for t in range(last, -1, -1) if not learned[t]), 0)
-    tokens: list[int] = row.inputs["input_ids"][: first + 1].tolist()
-    return tokens
+    return slice(first, last + 1)
 
 
 def answered(row: Row, prompt: Sequence[int], response: Sequence[int]) -> Row:

@@ -63,7 +63,8 @@ def teacher_of(
     models, rows = resolved.models, train.encoded.rows
     pad = padding(models.answerer.tokenizer)
     if isinstance(train.source, PairedSource):
-        theirs = PairedRows(train.source, train.encoded, pad)
+        context = context_of(models.answerer.model)
+        theirs = PairedRows(train.source, train.encoded, pad, context)
         refuse_long_rows(theirs.rows, [models.answerer])
         return AlignedTeacher(_local(resolved, theirs.rows), theirs)
     if isinstance(train.source, PromptedSource):

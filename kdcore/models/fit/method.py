@@ -152,6 +152,12 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
             "teacher on this machine",
             "set teacher, also where a teacher cache has its logits",
         )
+    if objective.advantage is not None:
+        raise UserError(
+            "method.advantage reads the teacher's probability of each sampled token, and with "
+            "method.alignment the teacher has other tokens",
+            "remove method.advantage, or choose a teacher with the student's tokenizer",
+        )
     for label, gate in objective.gates.items():
         reads = getattr(gate, "teacher_classes", None)
         if reads != 0 and not getattr(gate, "any_tokenizer", False):

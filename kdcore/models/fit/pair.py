@@ -20,6 +20,7 @@ from kdcore.models.probes import flattens_packed_rows
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
+from kdcore.specs.parts.on_policy import sampled_with_teacher
 
 _ONE_VOCABULARY = (
     "choose a student of the teacher's family, cut the student from the teacher, or set "
@@ -257,11 +258,11 @@ def _refuse_alignment(spec: DistillSpec, teacher: LoadedModel, student: LoadedMo
                 "model",
                 "remove method.alignment",
             )
-    if spec.data.on_policy is not None:
+    for policy in sampled_with_teacher(spec.data.on_policy):
         raise UserError(
-            "method.alignment and data.on_policy cannot be combined: a response that the student "
-            "samples has no row in the teacher's tokens",
-            "remove one of them, or use responses of the teacher (data.responses.by: teacher)",
+            f"method.alignment and {policy} cannot be combined: both models take part in the "
+            "choice of a token, and their tokens differ",
+            "set data.on_policy.policy: student",
         )
 
 

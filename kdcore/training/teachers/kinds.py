@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore.data.alignment.paired_rows import PairedRows
+from kdcore.data.alignment.paired_rows import PairedRows, aligned_logits
 from kdcore.data.alignment.prompted_rows import PromptedRows
 from kdcore.data.batching.stored import STORED, Reader
 from kdcore.data.caches.teacher_cache import TeacherCache
@@ -274,8 +274,11 @@ class AlignedTeacher(Teacher):
 
     def logits(self, batch: Batch, progress: float) -> TeacherLogits:
         """Return its logits at the student's positions."""
-        theirs = self.reader().of(batch)
-        return self.paired.aligned(batch, theirs, self.own.logits(theirs, progress))
+        if batch.sampled:
+            rows, theirs = self.paired.sampled(batch)
+        else:
+            rows, theirs = self.paired.aligned(batch), self.reader().of(batch)
+        return aligned_logits(rows, theirs, self.own.logits(theirs, progress))
 
 
 @dataclass(frozen=True)

@@ -116,15 +116,47 @@ def only_in_workers(read: Any) -> Any:
     return checked
 
 
+@pytest.mark.parametrize("name", ["prompted", "aligned"])
 def test_responses_that_are_sampled_replace_what_workers_read(
-    folder: Path, cases: dict[str, dict[str, Any]], tmp_path: Path
+    name: str, folder: Path, cases: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    case = cases["prompted"]
-    sampled = case | {"data": case["data"] | {"on_policy": {"max_new_tokens": 4}}}
+    case, on_policy = cases[name], {"on_policy": {"max_new_tokens": 4}}
+    sampled = case | {"data": case.get("data", {}) | on_policy}
     workers = {"trainer": {"dataloader_num_workers": 1}}
     alone = distill(asked(folder, tmp_path / "alone", **sampled))
     shared = distill(asked(folder, tmp_path / "shared", **sampled, training=workers))
     assert logged(shared) == logged(alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "cure"),
+    [
+        (
+            {"data": {"on_policy": {"policy": "mixed"}}},
+            "method.alignment and data.on_policy.policy=mixed cannot be combined",
+            "set data.on_policy.policy: student",
+        ),
+        (
+            {"data": {"on_policy": {}}, "method": {"advantage": "minillm", "terms": {"policy": 1}}},
+            "method.advantage reads the teacher's probability of each sampled token",
+            "remove method.advantage, or choose a teacher with the student's tokenizer",
+        ),
+    ],
+)
+def test_a_teacher_with_other_tokens_has_no_probabilities_of_the_student_s(
+    changes: dict[str, Any],
+    cause: str,
+    cure: str,
+    folder: Path,
+    cases: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    aligned = cases["aligned"]
+    method = aligned["method"] | changes.get("method", {})
+    with pytest.raises(UserError, match=cause) as refused:
+        distill(asked(folder, tmp_path / "run", **aligned | changes | {"method": method}))
+    assert refused.value.cure == cure
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_cache_of_several_ends_the_training_in_one_line(
