@@ -253,7 +253,10 @@ def as_written(value: float | None, metric: Metric) -> str:
 
 
 def difference(gap: Difference, metric: Metric) -> Cell:
-    """Build the cell of a difference, styled if its interval excludes 0 even after rounding."""
+    """Build the cell of a difference, styled if its interval excludes 0 even after rounding.
+
+    A difference of percentages is in percentage points, pp.
+    """
     style = ""
     borders = [float(format(each, form_of(metric)).rstrip("%")) for each in (gap.low, gap.high)]
     if gap.distinguishable and all(borders):  # a bound that rounds to 0 may be rounding noise
@@ -262,7 +265,10 @@ def difference(gap: Difference, metric: Metric) -> Cell:
 
 
 def _gap(gap: Difference, metric: Metric) -> str:
-    form = form_of(metric)
+    form, numbers = form_of(metric), (gap.mean, gap.low, gap.high)
+    if form.endswith("%"):  # a difference of percentages is not a percentage of one of them
+        mean, low, high = (f"{100 * number:+{form[:-1]}f}" for number in numbers)
+        return f"{mean} [{low}, {high}] pp"
     return f"{gap.mean:+{form}} [{gap.low:+{form}}, {gap.high:+{form}}]"
 
 

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes
 from kdcore.runs.comparison_results import Comparison
-from kdcore_cli.terminal.tables import table
+from kdcore_cli.terminal.tables import keep_together, table
 
 COLOURS = {"better": "green", "worse": "red", "": ""}
 """Colour in a terminal of each style of a report cell."""
@@ -38,6 +38,7 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
             Text(shown.text, COLOURS[shown.style]),
             *costs(arm.cost),
         )
+    keep_together(rows.columns[2])
     console.print(rows)
     if any(arm.controls for arm in outcome.arms):
         beside = table("gate", "minus its control", f"{asked.title} [95 %]")
@@ -46,6 +47,7 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
             for control, gaps in arm.controls.items():
                 shown = difference(gaps[metric], asked) if metric in gaps else Cell("")
                 beside.add_row(arm.arm, control, Text(shown.text, COLOURS[shown.style]))
+        keep_together(beside.columns[2])
         console.print(beside)
     several = len(outcome.seeds) > 1
     seeds = ("means over seeds " if several else "seed ") + ", ".join(map(str, outcome.seeds))

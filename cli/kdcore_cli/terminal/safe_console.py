@@ -57,13 +57,22 @@ class SafeConsole(Console):
             [_text(each) for each in row]
             for row in zip(*(c.cells for c in table.columns), strict=True)
         ]
+        gaps = sum(table.padding[1] for _ in table.columns[1:])
+        least, widths = [], []
         for place, column in enumerate(table.columns):
             cells = [_text(column.header), *(row[place] for row in rows)]
             words = [word for cell in cells for word in cell.plain.split()]
-            column.min_width = min(LONGEST, max(map(len, words), default=1))
-        gaps = sum(table.padding[1] for _ in table.columns[1:])
-        needed = sum(column.min_width or 0 for column in table.columns) + gaps
-        return table if needed <= self.width else _lines(table, rows)
+            longest = min(LONGEST, max(map(len, words), default=1))
+            least.append(max(column.min_width or 0, longest))
+            widths.append(max(cell.cell_len for cell in cells))
+        if sum(least) + gaps > self.width:
+            return _lines(table, rows)
+        while sum(widths) + gaps > self.width:
+            room = [width - needed for width, needed in zip(widths, least, strict=True)]
+            widths[room.index(max(room))] -= 1
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+        return table
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a string into a `Text` with escapes."""

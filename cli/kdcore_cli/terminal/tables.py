@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ def table(*columns: str, **options: Any) -> Table:
     for name in columns:
         empty.add_column(name, overflow="fold")
     return empty
+
+
+def keep_together(column: Column) -> None:
+    """Let the cells of a column of a table be one line each; a narrow console prints lines.
+
+    Args:
+        column: The column, which has all its cells; its heading may break.
+    """
+    column.min_width = max((Text(str(cell)).cell_len for cell in column.cells), default=0)
 
 
 def show_facts(console: Console, found: Any) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcore_cli.terminal.safe_console import SafeConsole
-from kdcore_cli.terminal.tables import table
+from kdcore_cli.terminal.tables import keep_together, table
 
 PATH = "/a/" + "path/" * 12 + "end"
 
@@ -62,3 +62,16 @@ def test_a_long_path_does_not_turn_a_table_into_lines(width: int) -> None:
         ).replace(" ", "")
         == PATH
     )
+
+
+@pytest.mark.parametrize("width", [44, 79, 80, 81, 120])
+def test_an_interval_stays_on_one_line(width: int) -> None:
+    """Also where the table takes all columns of the terminal, and loses none."""
+    shown = table("arm", "accuracy against the labels", "minus kd [95 %]", "tokens", "memory")
+    for name in ("gains_normalised", "deepkd"):
+        shown.add_row(name, "77.7%", "-10.4 [-11.0, -9.8] pp", "144,476", "658 MiB")
+    keep_together(shown.columns[2])
+    lines = printed(shown, width).splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert sum("-10.4 [-11.0, -9.8] pp" in line for line in lines) == 2
+    assert sum("658 MiB" in line for line in lines) == 2
