@@ -53,6 +53,12 @@ PICTURES = {
         "smollm2_decoding",
         "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
     ),
+    "clinc150_accuracy": Picture(
+        "clinc150_deepkd", "accuracy against the labels: difference from kd"
+    ),
+    "banking77_accuracy": Picture(
+        "banking77_deepkd", "accuracy against the labels: difference from kd"
+    ),
     "digits_gsnr": Picture("digits_curves", "Gradient signal-to-noise ratio of each term"),
     "digits_acceptance": Picture("digits_curves", "Acceptance rate of each gate"),
 }

@@ -226,29 +226,32 @@ def _forest(title: str, metric: Metric, gaps: dict[str, Difference], missing: st
     """A row for each difference, with its interval."""
     if not gaps:
         return Plot(title, None, missing)
-    figure = go.Figure()
-    form = form_of(metric)
+    figure, form = go.Figure(), form_of(metric)
+    unit, scale = "", 1.0
+    if form.endswith("%"):  # as in the tables, see `difference`
+        unit, scale, form = " pp", 100.0, f"{form[:-1]}f"
+    mean, low, high = (
+        [scale * getattr(gap, bound) for gap in gaps.values()] for bound in ("mean", "low", "high")
+    )
     figure.add_scatter(
-        x=[gap.mean for gap in gaps.values()],
+        x=mean,
         y=[text(name) for name in gaps],
         mode="markers",
         marker={"size": 9, "color": COLOURS[0]},
         error_x={
             "type": "data",
-            "array": [gap.high - gap.mean for gap in gaps.values()],
-            "arrayminus": [gap.mean - gap.low for gap in gaps.values()],
+            "array": [b - a for a, b in zip(mean, high, strict=True)],
+            "arrayminus": [a - b for a, b in zip(mean, low, strict=True)],
             "color": COLOURS[0],
         },
-        customdata=[[gap.low, gap.high] for gap in gaps.values()],
+        customdata=[*zip(low, high, strict=True)],
         hovertemplate=f"%{{y}}: %{{x:+{form}}} "
-        f"[%{{customdata[0]:+{form}}}, %{{customdata[1]:+{form}}}]<extra></extra>",
+        f"[%{{customdata[0]:+{form}}}, %{{customdata[1]:+{form}}}]{unit}<extra></extra>",
     )
     figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": _GREY})
     figure.update_layout(
         showlegend=False,
-        xaxis_title=f"{metric.better} is better",
+        xaxis_title=f"{'percentage points, ' if unit else ''}{metric.better} is better",
         yaxis={"autorange": "reversed", "automargin": True},
     )
-    if form.endswith("%"):
-        figure.update_xaxes(tickformat="~%")
     return Plot(title, as_json(figure), height=max(HEIGHT, 70 + ARM * len(gaps)))
