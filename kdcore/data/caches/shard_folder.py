@@ -6,7 +6,8 @@ start, without a map.
 
 A remote folder is one that fsspec opens, e.g. ``s3://bucket/cache``. A shard of it is copied into
 kdcore's cache folder when it is first read. A new one is written here and then put there: an object
-store neither renames files nor appends to them.
+store neither renames files nor appends to them. No lock protects it from other machines, so the
+name of a shard there also says which rows it has: two writers that count alike have two files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MANIFEST = "manifest.json"
 """The file that states the origin of the shards."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
-_SHARD = re.compile(r"/shard-\d+\.safetensors$")
+_SHARD = re.compile(r"/shard-(\d+)(-[0-9a-f]+)?\.safetensors$")
 _HEADER, _LONGEST = 4096, 2**24
 """Bytes of a shard that hold its header, and at most hold it."""
 
@@ -72,7 +73,7 @@ class ShardFolder:
         self._most_open = MOST_OPEN if most_open is None else most_open
         self._files, _ = opened(location)
         found = _sizes_of_shards(location)
-        self.paths = sorted(found, key=number_of)
+        self.paths = sorted(found, key=lambda path: (number_of(path), path))
         self._sizes = [found[path] for path in self.paths]
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -164,7 +165,7 @@ class ShardFolder:
 
 def number_of(path: str | Path) -> int:
     """The number in the name of a shard."""
-    return int(Path(path).stem.rpartition("-")[2])
+    return int(Path(path).stem.split("-")[1])
 
 
 def opened(location: Location) -> tuple[Any, str]:
@@ -280,7 +281,7 @@ def add_shard(
 
     Args:
         location: The folder of the shards.
-        tensors: Named tensors or arrays.
+        tensors: Named tensors or arrays; ``keys`` [R, 16] are those of the rows.
         save: The ``save_file`` of safetensors for this kind of tensors.
         number: Number of the shard (default: the next one).
 
@@ -288,7 +289,10 @@ def add_shard(
         UserError: A remote folder cannot be written.
     """
     number = next_shard(location) if number is None else number
-    with new_file(location, f"shard-{number:05d}.safetensors") as place:
+    name = f"shard-{number:05d}"
+    if not isinstance(location, Path):
+        name += f"-{hashlib.sha256(bytes(tensors['keys'])).hexdigest()[:16]}"
+    with new_file(location, f"{name}.safetensors") as place:
         save(tensors, place)
 
 
