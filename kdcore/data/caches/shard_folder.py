@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -29,7 +33,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from kdcore.errors import UserError, first_line
-from kdcore.models.folder.files import cache_folder
+from kdcore.models.folder.kept_files import cache_folder, held_folder
 from kdcore.runs.whole_files import whole
 
 Location: TypeAlias = Path | str
@@ -37,6 +41,8 @@ Location: TypeAlias = Path | str
 
 MANIFEST = "manifest.json"
 """The file that states the origin of the shards."""
+COPIES = "shards"
+"""The kind of the copies of remote shards, see `kdcore.models.folder.kept_files`."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
 _SHARD = re.compile(r"/shard-(\d+)(-[0-9a-f]+)?\.safetensors$")
@@ -149,14 +155,23 @@ class ShardFolder:
         except (ValueError, KeyError, TypeError) as fault:
             raise Damaged(self.paths[number]) from fault
 
+    @cached_property
+    def _copies(self) -> Path:
+        """The folder of the copies, which is not removed while this object is there."""
+        url = str(self.location).rstrip("/")
+        named = re.sub(r"[^\w.-]", "-", PurePosixPath(urlsplit(url).path).name)[:40]
+        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+        folder = cache_folder() / COPIES / f"{named}-{digest}"
+        weakref.finalize(self, os.close, held_folder(folder))
+        return folder
+
     def _local(self, path: str) -> str:
         """The path on this machine of a shard, which is copied there first if it is remote."""
         if isinstance(self.location, Path):
             return path
-        same = hashlib.sha256(f"{self.location} {path} {self._files.ukey(path)}".encode())
-        copy = cache_folder() / "shards" / f"{same.hexdigest()[:32]}.safetensors"
+        same = hashlib.sha256(f"{path} {self._files.ukey(path)}".encode())
+        copy = self._copies / f"{same.hexdigest()[:32]}.safetensors"
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             lock, told = FileLock(copy.with_suffix(".lock")), _told(self.location, "read")
             with lock, whole(copy) as place, told:
                 self._files.get_file(path, str(place))

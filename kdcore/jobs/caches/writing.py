@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from kdcore.data.caches.manifest import Manifest, manifest_of, refuse_difference
 from kdcore.data.caches.shard_folder import MANIFEST, Location, created, names_in, new_file
 from kdcore.errors import UserError
-from kdcore.models.folder.files import cache_folder
+from kdcore.models.folder.kept_files import cache_folder
 from kdcore.runs.whole_files import PART
 
 
