@@ -211,7 +211,7 @@ def local(
     from kdcore.runs.costs import in_bytes
     from kdcore_cli.terminal.tables import table
 
-    if folder is not None and Path(folder).name != folder or folder == "..":
+    if (folder is not None and Path(folder).name != folder) or folder == "..":
         raise UserError(
             f"{folder} is not the name of a folder in {cache_folder()}",
             "write a name from the first column of `kdcore cache local`",
