@@ -207,16 +207,17 @@ def local(
 
     kdcore cache local shards --clear
     """
-    from kdcore.models.folder.kept_files import cache_folder, entries, kinds
+    from kdcore.models.folder.kept_files import KINDS, cache_folder, entries
     from kdcore.runs.costs import in_bytes
     from kdcore_cli.terminal.tables import table
 
-    if (folder is not None and Path(folder).name != folder) or folder == "..":
+    if folder is not None and folder not in KINDS:
         raise UserError(
-            f"{folder} is not the name of a folder in {cache_folder()}",
-            "write a name from the first column of `kdcore cache local`",
+            f"kdcore does not keep a folder {folder} in {cache_folder()}",
+            f"name one of these: {', '.join(KINDS)}",
         )
-    found = {kind: entries(kind) for kind in (kinds() if folder is None else [folder])}
+    kinds = [folder] if folder else [each for each in KINDS if (cache_folder() / each).is_dir()]
+    found = {kind: entries(kind) for kind in kinds}
     every = [(kind, entry) for kind, of_kind in found.items() for entry in of_kind]
     if clear:
         removed = [entry for _, entry in every if entry.remove()]

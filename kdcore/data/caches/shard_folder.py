@@ -45,7 +45,7 @@ COPIES = "shards"
 """The kind of the copies of remote shards, see `kdcore.models.folder.kept_files`."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
-_SHARD = re.compile(r"/shard-(\d+)(-[0-9a-f]+)?\.safetensors$")
+_SHARD = re.compile(r"/shard-\d+(-[0-9a-f]+)?\.safetensors$")
 _HEADER, _LONGEST = 4096, 2**24
 """Bytes of a shard that hold its header, and at most hold it."""
 

@@ -24,6 +24,8 @@ try:
 except ImportError:  # on Windows, where a file that is mapped into memory cannot be renamed
     fcntl = None  # type: ignore[assignment]
 
+KINDS = ("caches", "gguf", "openvino", "rows", "sha256", "shards")
+"""The names of the folders. Others in ``KDCORE_CACHE`` are not kdcore's, and stay."""
 _LOCK = ".lock"
 _made: dict[Path, int] = {}
 """What `made_once` gave this process, which may read it until it ends."""
@@ -69,13 +71,6 @@ class Entry:
 def cache_folder() -> Path:
     """The folder of all that is kept: ``KDCORE_CACHE``, or ~/.cache/kdcore."""
     return Path(os.environ.get("KDCORE_CACHE", "~/.cache/kdcore")).expanduser()
-
-
-def kinds() -> list[str]:
-    """The names of the folders in `cache_folder`."""
-    with suppress(OSError):
-        return sorted(each.name for each in cache_folder().iterdir() if each.is_dir())
-    return []
 
 
 def entries(kind: str) -> list[Entry]:

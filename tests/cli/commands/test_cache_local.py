@@ -41,9 +41,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_kept_is_shown_and_cleared(kdcore: Kdcore, tmp_path: Path, cache: Path) -> None:
     assert "0 entries" in kdcore("cache", "local").out
     assert "removed 0 entries" in kdcore("cache", "local", "rows", "--clear").out
-    for name in ("..", "rows/..", "/tmp"):
+    mine = cache / "mine/file"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    for name in ("..", "rows/..", "/tmp", "", "mine"):
         said = kdcore("cache", "local", name)
-        assert said.code == 2 and "is not the name of a folder in" in said.err
+        assert said.code == 2 and "kdcore does not keep a folder" in said.err
     tokenizer = tiny_tokenizer()
     used, _ = encoded_rows(Encodes([row(0, 9)], "used"), tokenizer, 20, Silent())
     encoded_rows(Encodes([row(0, 9)], "old"), tokenizer, 20, Silent())
@@ -75,7 +78,7 @@ def test_what_is_kept_is_shown_and_cleared(kdcore: Kdcore, tmp_path: Path, cache
     assert len(used) == 1
     del remote, used
     assert "removed 2 entries" in kdcore("cache", "local", "--clear").out
-    assert "0 entries" in kdcore("cache", "local").out
+    assert "0 entries" in kdcore("cache", "local").out and mine.exists()
     refuse_other_rows(TeacherCache(url), range(2))
     assert file_digest(tmp_path / "local/manifest.json")
 
