@@ -97,7 +97,7 @@ class Ranks:
                     raise UserError(*json.loads(file.read_text("utf-8"))) from fault
                 if _LOST.search(str(fault)):
                     raise UserError(
-                        "another process of this run was killed, or waits longer than "
+                        "another process of this run was lost: it was killed, or took longer than "
                         "training.trainer.ddp_timeout",
                         "read what the other processes said, then rerun with --resume",
                     ) from fault

@@ -114,4 +114,4 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path: Path, asked: dict[str
     words = ["distill", str(tmp_path / "spec.yaml"), "--quiet"]
     codes = {0: 2, 1: -signal.SIGKILL}
     said, _ = in_two_processes(tmp_path, run_failing, words, 1, place, False, ends=codes)
-    assert "another process of this run was killed" in said and "Traceback" not in said
+    assert "another process of this run was lost" in said and "Traceback" not in said
