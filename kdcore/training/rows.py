@@ -23,8 +23,8 @@ from kdcore.data.rows import (
     refuse_long_rows,
     refuse_long_stream,
 )
+from kdcore.data.source import DataSource
 from kdcore.errors import counted
-from kdcore.method.protocols import DataSource
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle

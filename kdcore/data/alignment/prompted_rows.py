@@ -16,9 +16,9 @@ from torch import Tensor
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import answered, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate
+from kdcore.data.source import DataSource
 from kdcore.data.store import row_key
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 
 _UNCUT = 2**31

@@ -18,11 +18,11 @@ from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.method.records import StateSizes
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
+from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.trainer.matching import matched_by
 from kdcore.training.views import StudentView
@@ -57,7 +57,7 @@ def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokeniz
     torch.manual_seed(1)
     matcher = Hidden(pairs=[(0, 0), (1, 2), (-1, -1)])
     matcher.bind(StateSizes(2, 16), StateSizes(2, 24))
-    objective = Objective.build(
+    objective = objective_of(
         {}, [], lambda *_: None, {"kd": 0, "hidden": 0.5}, matchers={"hidden": matcher}
     )
     weights = [*made.student.parameters(), *matcher.parameters()]

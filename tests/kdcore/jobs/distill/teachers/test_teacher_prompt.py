@@ -22,10 +22,10 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.method.records import Batch, Row
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import LiveTeacher, PromptedTeacher
 from kdcore.training.views import StudentView
 from kdcore_baselines import reverse_kl
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_whole_texts_read_one_by_one(sampled: bool, max_leng
     batch = Batch(batch.inputs, batch.labels, batch.mask, batch.index, sampled=sampled)
     live = LiveTeacher.of(teacher.model, 290)
     view = StudentView(student.model, 290, PromptedTeacher(live, theirs))
-    objective = Objective.build({}, [], reverse_kl(), {})
+    objective = objective_of({}, [], reverse_kl(), {})
     step = LossEngine(objective, {"all": ("kd",)}, 7)(
         *view(student.model, batch, 0.5),
         batch,
