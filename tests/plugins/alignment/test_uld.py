@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kdcore.method.aligned import ALIGNED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
 from kdcore.data.alignment.spans import AlignedRow, Span
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import RowDataset, batch_of, collate, padding
+from kdcore.method.logits import ALIGNED
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.records import Batch
 from kdcore.testing.method.batches import example
