@@ -143,7 +143,12 @@ class RepeatedLogits:
 
 @dataclass(frozen=True, slots=True)
 class AlignedLogits(RepeatedLogits):
-    """The teacher's logits at the student's N learned positions: a `TeacherLogits`.
+    """Logits of a teacher with another tokenizer at the student's N learned positions.
+
+    The learned tokens of both are cut into spans: a span ends where both tokenizations have a
+    border in the same text. The two distributions are compared at one position of each span, and
+    the engine gives the student's other positions the weight 0. A token of the student without a
+    counterpart is a span of its own, which is not compared.
 
     ``once`` has its logits at its own M learned positions, and ``place`` the one that each of the
     student's is compared with: not decreasing within a row, and any where nothing is compared.

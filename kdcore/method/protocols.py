@@ -22,20 +22,18 @@ if TYPE_CHECKING:
 class Gate(Protocol):
     """How much of the distillation loss each position receives. Gates multiply.
 
-    A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
-    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
+    A gate, ranked or not, may carry:
 
-    A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
-    teacher's best classes decide what it gives, all for None. A teacher cache that holds as many
-    is enough for it. A splitter or divergence that cannot do with fewer may carry it too.
-
-    A gate, ranked or not, may carry ``reference`` (str or None, the default): a third model, named
-    as a spec names one, whose logits it then finds in the batch. A run has one such model; a
-    drafter's has none, and nor have held-out rows, on which such a gate is not measured.
-
-    A gate, ranked or not, may carry ``any_tokenizer`` (bool, default False): whether it works where
-    the teacher's classes are other tokens than the student's, and other in number. One whose
-    ``teacher_classes`` is 0 always does.
+    - ``floor`` (float, default 0): the weight of a refused position. The logged acceptance rate is
+      ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
+    - ``teacher_classes`` (int or None, the default): how many of the teacher's best classes decide
+      what it gives, None for all. A teacher cache of as many is enough for it. A splitter or
+      divergence that needs as many may carry it too.
+    - ``reference`` (str or None, the default): a third model, named as in a spec, whose logits the
+      batch then has. A run has one; a drafter's has none, and held-out rows neither, on which such
+      a gate is not measured.
+    - ``any_tokenizer`` (bool, default False): whether it works where the teacher's classes are
+      other tokens, in another number, than the student's. It does if ``teacher_classes`` is 0.
     """
 
     def __call__(self, batch: LogitBatch) -> Tensor:
@@ -49,16 +47,16 @@ class RankedGate(Protocol):
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
     Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
 
-    A ranked gate may carry ``within_rows`` (bool, default False): whether it compares the positions
-    of one row only. The second pass is then called for each row.
+    A ranked gate may carry, beside what a `Gate` may:
 
-    A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
-    and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
-    each position. The factors of several gates multiply.
-
-    A ranked gate may have a method ``remember(scores)``. It is called after each optimizer step
-    with the scores [M] of all training positions of the step, of all micro-batches and processes,
-    which all see the same; what it keeps of them is its state (`Stateful`).
+    - ``within_rows`` (bool, default False): whether it compares the positions of one row only. The
+      second pass is then called for each row.
+    - ``temperatures(scores, weights) -> Tensor``: a method that gives, from the scores [N] and its
+      own weights [N], the factors [N] above 0 of each position's loss temperature. Those of several
+      gates multiply.
+    - ``remember(scores)``: a method that is called after each optimizer step with the scores [M] of
+      all its training positions, of all micro-batches and processes. What the gate keeps of them
+      is its state (`Stateful`).
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
@@ -80,15 +78,18 @@ class RankedGate(Protocol):
 class KnowledgeSplitter(Protocol):
     """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain.
 
-    A splitter may carry ``joins_tokenizers`` (bool, default False): whether it makes parts whose K
-    classes can be compared out of parts whose classes are different tokens for student and teacher;
-    or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
-    whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
-    One that compares classes by what they mean may have a method ``bind(student, teacher)``. For a
-    teacher with another tokenizer it is called once, with the meaning of each class of both models:
-    the text of a token as bytes, or the name of a special token as a string.
-    One that leaves the classes of a position together may carry ``keeps_classes`` (bool, default
-    False): it is then accepted for multi-label classifiers, whose positions have two classes.
+    A splitter may carry:
+
+    - ``any_tokenizer`` (bool, default False), as a gate; or ``joins_tokenizers`` (likewise): it
+      makes parts whose K classes can be compared of parts whose classes are other tokens for the
+      teacher than for the student.
+    - ``reads_spans`` (bool, default False), if it joins: whether it reads the ``span`` and
+      ``teacher_rest`` of the batch, which are else None.
+    - ``bind(student, teacher)``: a method that is called once for a teacher with another tokenizer,
+      with the meaning of each class of both models: the text of a token as bytes, or the name of a
+      special token as a string.
+    - ``keeps_classes`` (bool, default False): whether it leaves the classes of a position together.
+      It is then accepted for multi-label classifiers, whose positions have two classes.
     """
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""A spec's method, built: the objective and the momentum policy."""
+"""From a spec to its method: the objective, from components and weights, and the momentum policy.
+
+`Method.build` reads a spec; `objective_of` is the part that needs none.
+"""
 
 from __future__ import annotations
 
@@ -240,11 +243,10 @@ def objective_of(
     advantage: Advantage | None = None,
     part_divergences: Mapping[str, Divergence] | None = None,
 ) -> Objective:
-    """The objective of these components, whose terms the splitters name.
+    """The objective of components; the arguments are the attributes of `Objective`.
 
-    ``terms`` are the weights that are set. Where nothing is set, `TASK`, `LABEL` and `FEATURE`
-    have the weight 0, and each part, each matcher and, with an advantage, `POLICY` the weight
-    1. The other arguments are the attributes.
+    ``terms`` are the weights that are set. Otherwise `TASK`, `LABEL` and `FEATURE` have weight 0,
+    and each part of the splitters, each matcher and, with an advantage, `POLICY` weight 1.
 
     Raises:
         UserError: A weight or a divergence of what the splitters do not give, or no weight
