@@ -27,7 +27,9 @@ from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.trainer.matching import matched_by
 from kdcore.training.views import StudentView
 from kdcore_alignment import Hidden
+from tests.fixtures.json_lines import write_lines
 from tests.plugins.alignment.test_uld import Pair, model, pair
+from tests.tiny.distill_specs import chat
 from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
 
@@ -108,8 +110,8 @@ def by_hand(made: Pair, matcher: Any) -> Tensor:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A student of another tokenizer and another width, learning in every way there is."""
     folder = tmp_path_factory.mktemp("asked")
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [chat(n) for n in range(8)]
+    write_lines(folder / "rows.jsonl", rows)
     tokenizer = tiny_tokenizer(text=OTHER_TEXT, size=276)
     model(len(tokenizer), 24, 3).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
