@@ -268,7 +268,8 @@ class DistillationLoss:
         if not self._figures:
             raise UserError(
                 "step() was called, but no loss was made in this step",
-                "call the loss for each micro-batch, then the optimizer's step(), then this one",
+                "call the loss for each micro-batch, then step() of the optimizer, and then "
+                "step() of the loss",
             )
         values = torch.stack(list(self._figures.values()))
         if torch.distributed.is_initialized():

@@ -119,8 +119,8 @@ def _streamed(
     assert training.steps is not None  # `kdcore.data.batching.streaming.refuse_stream`
     refuse_long_stream(length, models)
     progress.note(
-        "data.train is a stream, which is read during the training: its first "
-        f"{counted(len(first.read()), 'row')} stand for the others in what is said of the rows"
+        "data.train is a stream, which the training reads as it goes: what follows about the rows "
+        f"describes the first {counted(len(first.read()), 'row')}"
     )
     rows, summary = encode_rows(first, tokenizer, length, progress)
     note_cut_rows(summary, length, progress)
