@@ -3,8 +3,8 @@
 All are structural: a plugin implements the methods and need not import this module. A component
 is built as ``attribute(params, context)``: its own params model, validated, and a
 `kdcore.components.construction.BuildContext`. Shapes: see `kdcore.method.records`. The extension
-points of decoding are in `kdcore.decoding.protocols` and `kdcore.decoding.engines.protocols`, that
-of scores in `kdcore.data.responses.score`.
+point of data sources is in `kdcore.data.source`, that of scores in `kdcore.data.responses.score`,
+and those of decoding are in `kdcore.decoding.protocols` and `kdcore.decoding.engines.protocols`.
 """
 
 from __future__ import annotations
