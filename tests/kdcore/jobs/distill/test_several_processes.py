@@ -127,6 +127,7 @@ def test_two_processes_reach_the_weights_of_one(
 
 def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) -> None:
     spec = short_spec(tmp_path, training={"batch_size": 4, "save_every": 1})
+    spec["student"]["model"] = spec["teacher"]["model"]
     alone = distill(DistillSpec.model_validate(spec))
     spec["teacher"]["device"], spec["training"]["batch_size"] = "sharded", 2
     said = in_two_processes(tmp_path, run_with_a_sharded_teacher, words(tmp_path, spec, "run"))
