@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from kdcore.data.encoded.cache import MANIFEST
 from kdcore.data.encoded.table import BatchReader
+from kdcore.data.source import Compact
 from kdcore.data.store import RowKeys
-from kdcore.method.protocols import Compact
 from kdcore.method.records import Row
 from kdcore.models.folder.kept_files import hold
 

@@ -256,7 +256,7 @@ class ServedSampler:
                 why = self._endpoint.reason(fault)
                 raise UserError(
                     f"{self.spec.endpoint} does not take the student's weights: {why}",
-                    f"check the server's log; it needs {setting}",
+                    f"check the server's log; the server needs {setting}",
                 )
             return status == 404
 

@@ -158,7 +158,9 @@ def test_a_server_that_refuses_the_adapters_says_why(
     server.refuses = "LoRA rank 4 is greater than max_lora_rank 2."
     with pytest.raises(UserError, match="greater than max_lora_rank 2") as wrong:
         distill(spec_of(tmp_path / "run", models, endpoint(server), student=LORA))
-    assert wrong.value.cure.startswith("check the server's log; it needs VLLM_ALLOW_RUNTIME_LORA")
+    assert wrong.value.cure.startswith(
+        "check the server's log; the server needs VLLM_ALLOW_RUNTIME_LORA"
+    )
     assert not list((tmp_path / "run" / "run").glob("sampler/*"))
 
 
