@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from kdcore.components.job import Job
     from kdcore.components.registry import registry_with
     from kdcore.data.responses.score import Answered, AnswerScore
+    from kdcore.data.source import DataSource
     from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings
     from kdcore.decoding.custom_generate import speculative
     from kdcore.decoding.engines.protocols import CompilingEngine, Engine
@@ -138,7 +139,6 @@ if TYPE_CHECKING:
     )
     from kdcore.method.protocols import (
         Advantage,
-        DataSource,
         Divergence,
         Gate,
         KnowledgeSplitter,
@@ -165,6 +165,7 @@ else:
         "kdcore.components.job": "Job",
         "kdcore.components.registry": "registry_with",
         "kdcore.data.responses.score": "Answered AnswerScore",
+        "kdcore.data.source": "DataSource",
         "kdcore.decoding.baseline": "Baseline DecodedBatch DecodingSettings",
         "kdcore.decoding.custom_generate": "speculative",
         "kdcore.decoding.engines.protocols": "CompilingEngine Engine",
@@ -173,8 +174,8 @@ else:
         "kdcore.decoding.tree": "DraftTree TreeShape Verdict",
         "kdcore.errors": "UserError",
         "kdcore.library": "Plan check evaluate load_drafter load_model read_spec report run table",
-        "kdcore.method.protocols": "Advantage DataSource Divergence Gate KnowledgeSplitter "
-        "Matcher MomentumPolicy RankedGate Stateful",
+        "kdcore.method.protocols": "Advantage Divergence Gate KnowledgeSplitter Matcher "
+        "MomentumPolicy RankedGate Stateful",
         "kdcore.method.records": "Batch LogitBatch Part Row SampledTokens StateSizes",
         "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loading.loaded": "LoadedModel",

@@ -31,7 +31,7 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "advantage": ("kdcore.method.protocols:Advantage",),
     "matcher": ("kdcore.method.protocols:Matcher",),
     "momentum": ("kdcore.method.protocols:MomentumPolicy",),
-    "source": ("kdcore.method.protocols:DataSource",),
+    "source": ("kdcore.data.source:DataSource",),
     "drafter": ("kdcore.decoding.protocols:Drafter",),
     "tree": ("kdcore.decoding.protocols:TreeBuilder",),
     "verifier": ("kdcore.decoding.protocols:Verifier",),

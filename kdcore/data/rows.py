@@ -18,9 +18,9 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.encode import encoded_rows
 from kdcore.data.encoded.rows import EncodedRows, Summary
 from kdcore.data.encoded.streamed_rows import StreamedRows
+from kdcore.data.source import DataSource
 from kdcore.data.store import RowKeys, content_key, row_key, rows_digest
 from kdcore.errors import UserError, counted
-from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
 from kdcore.models.facts import Context, positions_of, refuse_longer

@@ -32,7 +32,15 @@ class Drafter(Protocol):
     layers: tuple[int, ...]
 
     def bind(self, target: Any, tokenizer: Any) -> None:
-        """Bind to the target model: share its head and embeddings, check that they fit."""
+        """Bind to the target model: share its head and embeddings, and create the weights.
+
+        Args:
+            target: The transformers model.
+            tokenizer: Its tokenizer.
+
+        Raises:
+            UserError: The target does not fit, e.g. has no linear head or not the ``layers``.
+        """
 
     def start(self, first: Tensor) -> None:
         """Reset the drafter and start B new rows.

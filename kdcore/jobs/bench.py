@@ -28,11 +28,10 @@ from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outc
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.evaluation.speed.turns import Decode, Turns, encoded, prompts_by_turn, read_questions
 from kdcore.models.assembly import Assembly
-from kdcore.models.device import chosen_device, synchronise
+from kdcore.models.device import chosen_device, processor_facts, synchronise
 from kdcore.models.facts import end_ids
 from kdcore.models.loading.load import load_model
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.models.machine import processor_facts
 from kdcore.runs.comparison_results import BENCH_RESULTS
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle

@@ -23,6 +23,7 @@ from kdcore.data.rows import (
     note_shared_rows,
     padding,
 )
+from kdcore.data.source import DataSource
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.scores import Scores
@@ -32,7 +33,6 @@ from kdcore.jobs.resolution.images import image_warnings
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import settle_teachers, teacher_of
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.protocols import DataSource
 from kdcore.models.device import chunk_on, process_device
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loading.loaded import LoadedModel

@@ -257,5 +257,5 @@ def _died(fault: Exception) -> UserError:
         )
     return UserError(
         f"its worker died {REPEATS + 1} times: {first_line(fault)}",
-        "look for its end in Ray's logs (`ray logs`), e.g. for a lack of memory",
+        "look for the reason in Ray's logs (`ray logs`), e.g. too little memory",
     )

@@ -1,4 +1,4 @@
-"""Random generators of a training: one for each purpose, seeded by its place in the run."""
+"""The random generators of a training, each seeded by its place in the run."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,6 +12,10 @@ from torch import Tensor
 
 from kdcore.method.attention_maps import AttentionMaps
 from kdcore.method.records import Batch
+
+ALIGNED = "aligned"
+"""The name in the figures of the share of a student's tokens at which a teacher with another
+tokenizer is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,39 +142,80 @@ class RepeatedLogits:
 
 
 @dataclass(frozen=True, slots=True)
-class MovedLogits:
-    """Logits of N masked positions that are computed on one device and read on another.
+class AlignedLogits(RepeatedLogits):
+    """Logits of a teacher with another tokenizer at the student's N learned positions.
+
+    The learned tokens of both are cut into spans: a span ends where both tokenizations have a
+    border in the same text. The two distributions are compared at one position of each span, and
+    the engine gives the student's other positions the weight 0. A token of the student without a
+    counterpart is a span of its own, which is not compared.
+
+    ``once`` has its logits at its own M learned positions, and ``place`` the one that each of the
+    student's is compared with: not decreasing within a row, and any where nothing is compared.
 
     Attributes:
-        made: The logits on the device of their model.
-        device: The device that reads them, a chunk at a time.
+        labels: [M] int64, the teacher's tokens there.
+        own_span: [M] int64, the number of the span of each, or -1 for a token without counterpart.
+        span: [N] int64, the number of the span of each of the student's positions, not decreasing.
+        span_on_cpu: [N] int64, the same on the CPU.
+        compared: [N] bool, the positions at which the distributions are compared.
     """
 
-    made: HiddenLogits
-    device: torch.device
+    labels: Tensor
+    own_span: Tensor
+    span: Tensor
+    span_on_cpu: Tensor
+    compared: Tensor
 
     @property
-    def features(self) -> Tensor | None:
-        """The hidden states [N, H], as in `HiddenLogits`."""
-        features = self.made.features
-        return None if features is None else features.to(self.device)
+    def states(self) -> dict[int, Tensor]:
+        """The hidden states that matchers read, as in `kdcore.method.logits.HiddenLogits`."""
+        own: Mapping[int, Tensor] = getattr(self.once, "states", {})
+        return {number: states[self.place] for number, states in own.items()}
 
-    @property
-    def states(self) -> Mapping[int, Tensor]:
-        """The hidden states that matchers read, where they were computed."""
-        return self.made.states
+    @torch.no_grad()
+    def rest(self, tau: float, length: int) -> Tensor:
+        """The log-prob of what a span has beside the token that is compared.
 
-    @property
-    def maps(self) -> AttentionMaps | None:
-        """The attention that matchers read, where it was computed."""
-        return self.made.maps
+        Args:
+            tau: Temperature.
+            length: Number of positions whose logits exist at a time.
 
-    def logits(self, chunk: slice) -> Tensor:
-        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
-        return self.made.logits(chunk).to(self.device)
+        Returns:
+            [N] float32, the sum of the teacher's log-probs of the other tokens of its span.
+        """
+        logp = torch.zeros(len(self.labels), device=self.labels.device)
+        for chunk in cuts(len(self.labels), length):
+            scaled = (self.once.logits(chunk) / tau).log_softmax(-1)
+            logp[chunk] = scaled.gather(-1, self.labels[chunk, None])[:, 0]
+        spans = int(self.span_on_cpu[-1]) + 1 if len(self.span_on_cpu) else 0
+        whole = logp.new_zeros(spans + 1)  # the last one for tokens without counterpart
+        whole.index_add_(0, self.own_span.where(self.own_span >= 0, spans), logp)
+        rest = whole[self.span] - logp[self.place]
+        return rest.where(self.compared, 0.0).clamp(max=0.0)
 
 
 def no_teacher(batch: Batch) -> HiddenLogits:
     """The neutral teacher: logits of no classes, [N, 0], at a batch's N masked positions."""
     nothing = torch.empty(len(batch.positions), 0, device=batch.mask.device)
     return HiddenLogits(nothing, Head(), 0)
+
+
+def cuts(count: int, length: int, uncut: Tensor | None = None) -> Iterator[slice]:
+    """Cut N positions into chunks.
+
+    Args:
+        count: N.
+        length: Number of positions of a chunk; a chunk that would end inside a group is longer.
+        uncut: [N] int64 on the CPU, the number of each position's group; None without groups.
+
+    Yields:
+        The places of the chunks.
+    """
+    start = 0
+    while start < count:
+        end = min(start + length, count)
+        while uncut is not None and end < count and uncut[end] == uncut[end - 1]:
+            end += 1
+        yield slice(start, end)
+        start = end

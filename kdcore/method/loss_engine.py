@@ -13,17 +13,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcore.method.aligned import ALIGNED, AlignedLogits
 from kdcore.method.attention_maps import reads_attention, sum_of_maps
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
-from kdcore.method.logits import HiddenLogits, TeacherLogits
+from kdcore.method.known_gradients import known
+from kdcore.method.logits import ALIGNED, AlignedLogits, HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
-from kdcore.method.positions import MaskedPositions
+from kdcore.method.positions import LearnedChunk, MaskedPositions
 from kdcore.method.records import Batch
-from kdcore.method.sampled_tokens import IMPORTANCE, sampled_tokens
 from kdcore.method.schedule import value_at
-from kdcore.method.stream_loss import StreamLoss
+
+IMPORTANCE = "importance"
+"""The name beside the gates' of the weight of tokens that a mixture of both models sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class LossEngine:
         every = TASK in scheduled or positions.span is not None
         features = getattr(teacher, "features", None)  # a cache has none
         means = {term: share.new_zeros(()) for term in scheduled}
-        streams = {stream: StreamLoss(student) for stream in self.streams}
+        streams = {stream: _StreamLoss(student) for stream in self.streams}
         for chunk in positions.chunks(self.chunk):
             place = chunk.place
             if not self.objective.looks_ahead:
@@ -190,7 +191,7 @@ class LossEngine:
     @torch.no_grad()
     def _sampled(self, positions: MaskedPositions, weights: dict[str, Tensor]) -> MaskedPositions:
         """The positions with their advantages; the importance joins the gates' weights."""
-        tokens = sampled_tokens(replace(positions, reference=None), self.chunk)
+        tokens = replace(positions, reference=None).sampled_tokens(self.chunk)
         place = positions.batch.positions
         if positions.batch.teacher_share:
             weights[IMPORTANCE] = tokens.importance.flatten()[place]
@@ -228,6 +229,72 @@ class LossEngine:
             ours_of = [student.states[i] for i, _ in matcher.pairs]
             theirs_of = [theirs[j].detach().to(weights.device) for _, j in matcher.pairs]
             yield label, (weights * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
+
+
+class _StreamLoss:
+    """The sum of one stream's losses, and its gradients at the hidden states and the head.
+
+    Args:
+        student: Logits of the student at the N masked positions.
+    """
+
+    def __init__(self, student: HiddenLogits) -> None:
+        self._student = student
+        self._value = torch.zeros((), device=student.hidden.device)
+        self._of_hidden = torch.zeros_like(student.hidden)
+        self._of_head = [torch.zeros_like(parameter) for parameter in student.head.parameters]
+
+    def add(self, loss: Tensor, learned: LearnedChunk, *, retain_graph: bool) -> None:
+        """Add the loss of one chunk.
+
+        Args:
+            loss: Scalar with a graph down to the leaves of the chunk.
+            learned: The chunk.
+            retain_graph: Whether another stream reads the same graph.
+        """
+        self._value += loss.detach()
+        hidden, linear = learned.hidden, learned.linear
+        # unused: a stream of features alone does not reach the head, others no features
+        to_hidden, *to_linear = torch.autograd.grad(
+            loss,
+            [hidden] if linear is None else [hidden, linear],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        with torch.no_grad():
+            for found in to_linear:
+                if found is not None:
+                    through = self._through_head(found, hidden.detach())
+                    to_hidden = through if to_hidden is None else to_hidden + through
+            if to_hidden is not None:
+                self._of_hidden[learned.place][learned.kept] = to_hidden
+
+    def _through_head(self, to_linear: Tensor, hidden: Tensor) -> Tensor:
+        """Add to the head's gradients, in place since they are large.
+
+        Args:
+            to_linear: [C, V] gradient of the loss at the head's linear output.
+            hidden: [C, H] hidden states.
+
+        Returns:
+            [C, H] the gradient at the hidden states.
+        """
+        weight = self._student.head.weight
+        assert weight is not None, "an identity has no linear output of its own"
+        for total in self._of_head:
+            if total.dim() == 1:
+                total += to_linear.sum(0)
+            elif total.dtype == to_linear.dtype:
+                total.addmm_(to_linear.mT, hidden.to(total.dtype))
+            else:
+                total += to_linear.mT @ hidden.to(to_linear.dtype)
+        return (to_linear @ weight.to(to_linear.dtype)).to(hidden.dtype)
+
+    def attached(self) -> Tensor:
+        """The sum, as a scalar whose backward passes the gradients on to body and head."""
+        graph = [self._student.hidden, *self._student.head.parameters]
+        grads = [self._of_hidden, *self._of_head]
+        return known(self._value, grads, graph)
 
 
 def _product(weights: list[Tensor], like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ position. Nothing here reduces over rows or positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError
 from kdcore.method.protocols import (
     Advantage,
     Divergence,
@@ -40,8 +40,6 @@ gated. It requires a live teacher (or target) as wide as the student (or drafter
 
 POLICY = "policy"
 """The term of an `Advantage`: the policy gradient of sampled tokens, gated."""
-
-_RESERVED = frozenset({TASK, LABEL, FEATURE, POLICY})
 
 OF_LABELS = (TASK, LABEL)
 """The terms that learn from the labels alone."""
@@ -75,99 +73,6 @@ class Objective:
     matchers: Mapping[str, Matcher] = field(default_factory=dict)
     advantage: Advantage | None = None
     part_divergences: Mapping[str, Divergence] = field(default_factory=dict)
-
-    @classmethod
-    def build(
-        cls,
-        gates: Mapping[str, Gate | RankedGate],
-        splitters: Sequence[KnowledgeSplitter],
-        divergence: Divergence,
-        terms: Mapping[str, float | Points],
-        *,
-        tau: float | Points = 1.0,
-        normalize: str = "sequence",
-        sampled_divergence: Divergence | None = None,
-        matchers: Mapping[str, Matcher] | None = None,
-        advantage: Advantage | None = None,
-        part_divergences: Mapping[str, Divergence] | None = None,
-    ) -> Objective:
-        """The objective of these components, whose terms the splitters name.
-
-        ``terms`` are the weights that are set. Where nothing is set, `TASK`, `LABEL` and `FEATURE`
-        have the weight 0, and each part, each matcher and, with an advantage, `POLICY` the weight
-        1. The other arguments are the attributes.
-
-        Raises:
-            UserError: A weight or a divergence of what the splitters do not give, or no weight
-                above 0.
-        """
-        names = _parts(splitters)
-        for part in (part for part in part_divergences or {} if part not in names):
-            raise UserError(
-                f"method.divergences names unknown part '{part}'",
-                nearest(part, names),
-                "method.divergences",
-            )
-        if taken := {*_RESERVED, *names} & (matchers or {}).keys():
-            raise UserError(
-                f"matcher '{min(taken)}' has the name of a term of the loss",
-                "choose another matcher, or other splitters",
-            )
-        names = (*names, *(matchers or {}), *([] if advantage is None else [POLICY]))
-        unknown = sorted(set(terms) - {TASK, LABEL, FEATURE, *names})
-        if unknown:
-            raise UserError(
-                f"method.terms sets a weight for unknown term '{unknown[0]}'",
-                nearest(unknown[0], [TASK, LABEL, FEATURE, *names]),
-                "method.terms",
-            )
-        weights = {TASK: 0.0, LABEL: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
-        if not any(weights.values()):
-            raise UserError(
-                "method.terms sets the weight of every term to 0, so the model would learn nothing",
-                f"set a weight above 0 for one of: {', '.join(weights)}",
-                "method.terms",
-            )
-        used = {name: weight for name, weight in weights.items() if weight != 0.0}
-        return cls(
-            gates,
-            tuple(splitters),
-            divergence,
-            used,
-            tau,
-            normalize,
-            sampled_divergence,
-            {label: each for label, each in (matchers or {}).items() if label in used},
-            advantage if POLICY in used else None,
-            part_divergences or {},
-        )
-
-    def on_other_rows(self, terms: Mapping[str, float | Points]) -> Objective:
-        """The same method on rows whose terms have weights of their own.
-
-        Components that none of the terms needs are left out, so that ``task`` alone asks for no
-        teacher. Stateful components are shared: the other rows read their state.
-
-        Args:
-            terms: The weights; all other terms have weight 0.
-
-        Raises:
-            UserError: `build` refuses the weights.
-        """
-        every = (*_parts(self.splitters), *self.matchers, *([POLICY] if self.advantage else []))
-        ungated, of_labels = set(terms) <= {TASK}, set(terms) <= set(OF_LABELS)
-        parts = {} if of_labels else self.part_divergences
-        return Objective.build(
-            {} if ungated else self.gates,
-            () if of_labels else self.splitters,
-            self.divergence,
-            dict.fromkeys(("kd",) if of_labels else every, 0.0) | dict(terms),
-            tau=self.tau,
-            normalize=self.normalize,
-            matchers={} if of_labels else self.matchers,
-            advantage=None if of_labels else self.advantage,
-            part_divergences=parts,
-        )
 
     @property
     def looks_ahead(self) -> bool:
@@ -274,14 +179,6 @@ class Objective:
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms
-
-
-def _parts(splitters: Sequence[KnowledgeSplitter]) -> tuple[str, ...]:
-    """The names of the parts that splitters make of "kd"."""
-    names: tuple[str, ...] = ("kd",)
-    for splitter in splitters:
-        names = splitter.parts(names)
-    return names
 
 
 def owned(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

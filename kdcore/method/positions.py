@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdcore.method.logits import HiddenLogits, TeacherLogits
-from kdcore.method.records import Batch, LogitBatch
+from kdcore.method.logits import HiddenLogits, TeacherLogits, cuts
+from kdcore.method.records import Batch, LogitBatch, SampledTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +170,33 @@ class MaskedPositions:
         )
         return LearnedChunk(place, kept, hidden, linear, logits)
 
+    @torch.no_grad()
+    def sampled_tokens(self, length: int) -> SampledTokens:
+        """Look up what both models say of the labels, which were sampled.
 
-def cuts(count: int, length: int, uncut: Tensor | None = None) -> Iterator[slice]:
-    """Cut N positions into chunks.
+        Args:
+            length: Number of positions whose logits exist at a time.
 
-    Args:
-        count: N.
-        length: Number of positions of a chunk; a chunk that would end inside a group is longer.
-        uncut: [N] int64 on the CPU, the number of each position's group; None without groups.
+        Returns:
+            The tokens, padded as the batch is.
+        """
+        batch = self.batch
+        student, teacher = torch.zeros(2, batch.mask.numel(), device=batch.mask.device)
+        for chunk in self.chunks(length):
+            place = batch.positions[chunk.place]
+            student[place] = _of_labels(chunk.logits.student, chunk.logits.labels)
+            teacher[place] = _of_labels(chunk.logits.teacher, chunk.logits.labels)
+        importance = torch.ones_like(student)
+        if batch.teacher_share:
+            of_teacher = math.log(batch.teacher_share) + teacher
+            of_student = math.log1p(-batch.teacher_share) + student
+            importance = (student - torch.logaddexp(of_teacher, of_student)).exp()
+        student, teacher, importance = (
+            each.view(batch.mask.shape) for each in (student, teacher, importance)
+        )
+        return SampledTokens(student, teacher, importance, batch.mask, self.progress)
 
-    Yields:
-        The places of the chunks.
-    """
-    start = 0
-    while start < count:
-        end = min(start + length, count)
-        while uncut is not None and end < count and uncut[end] == uncut[end - 1]:
-            end += 1
-        yield slice(start, end)
-        start = end
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """[C] the log-probs of labels [1, C] under logits [1, C, V]."""
+    return logits.log_softmax(-1).gather(-1, labels[..., None])[0, :, 0]

@@ -3,39 +3,37 @@
 All are structural: a plugin implements the methods and need not import this module. A component
 is built as ``attribute(params, context)``: its own params model, validated, and a
 `kdcore.components.construction.BuildContext`. Shapes: see `kdcore.method.records`. The extension
-points of decoding are in `kdcore.decoding.protocols` and `kdcore.decoding.engines.protocols`, that
-of scores in `kdcore.data.responses.score`.
+point of data sources is in `kdcore.data.source`, that of scores in `kdcore.data.responses.score`,
+and those of decoding are in `kdcore.decoding.protocols` and `kdcore.decoding.engines.protocols`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
-    from kdcore.method.records import LogitBatch, Part, Row, SampledTokens, StateSizes
+    from kdcore.method.records import LogitBatch, Part, SampledTokens, StateSizes
 
 
 @runtime_checkable
 class Gate(Protocol):
     """How much of the distillation loss each position receives. Gates multiply.
 
-    A gate may carry ``floor`` (float, default 0): the weight of a refused position. The logged
-    acceptance rate is ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
+    A gate, ranked or not, may carry:
 
-    A gate, ranked or not, may carry ``teacher_classes`` (int or None, the default): how many of the
-    teacher's best classes decide what it gives, all for None. A teacher cache that holds as many
-    is enough for it. A splitter or divergence that cannot do with fewer may carry it too.
-
-    A gate, ranked or not, may carry ``reference`` (str or None, the default): a third model, named
-    as a spec names one, whose logits it then finds in the batch. A run has one such model; a
-    drafter's has none, and nor have held-out rows, on which such a gate is not measured.
-
-    A gate, ranked or not, may carry ``any_tokenizer`` (bool, default False): whether it works where
-    the teacher's classes are other tokens than the student's, and other in number. One whose
-    ``teacher_classes`` is 0 always does.
+    - ``floor`` (float, default 0): the weight of a refused position. The logged acceptance rate is
+      ``(weight - floor) / (1 - floor)``, meaned as ``normalize`` says.
+    - ``teacher_classes`` (int or None, the default): how many of the teacher's best classes decide
+      what it gives, None for all. A teacher cache of as many is enough for it. A splitter or
+      divergence that needs as many may carry it too.
+    - ``reference`` (str or None, the default): a third model, named as in a spec, whose logits the
+      batch then has. A run has one; a drafter's has none, and held-out rows neither, on which such
+      a gate is not measured.
+    - ``any_tokenizer`` (bool, default False): whether it works where the teacher's classes are
+      other tokens, in another number, than the student's. It does if ``teacher_classes`` is 0.
     """
 
     def __call__(self, batch: LogitBatch) -> Tensor:
@@ -49,16 +47,16 @@ class RankedGate(Protocol):
     Both run over one micro-batch: the first in chunks, so that [B, T, V] never exists whole.
     Whatever has ``score`` and ``weigh`` is ranked, whether or not it can also be called.
 
-    A ranked gate may carry ``within_rows`` (bool, default False): whether it compares the positions
-    of one row only. The second pass is then called for each row.
+    A ranked gate may carry, beside what a `Gate` may:
 
-    A ranked gate may have a method ``temperatures(scores, weights) -> Tensor``: from the scores [N]
-    and its own weights [N], the factors [N] above 0 by which it multiplies the loss temperature of
-    each position. The factors of several gates multiply.
-
-    A ranked gate may have a method ``remember(scores)``. It is called after each optimizer step
-    with the scores [M] of all training positions of the step, of all micro-batches and processes,
-    which all see the same; what it keeps of them is its state (`Stateful`).
+    - ``within_rows`` (bool, default False): whether it compares the positions of one row only. The
+      second pass is then called for each row.
+    - ``temperatures(scores, weights) -> Tensor``: a method that gives, from the scores [N] and its
+      own weights [N], the factors [N] above 0 of each position's loss temperature. Those of several
+      gates multiply.
+    - ``remember(scores)``: a method that is called after each optimizer step with the scores [M] of
+      all its training positions, of all micro-batches and processes. What the gate keeps of them
+      is its state (`Stateful`).
     """
 
     def score(self, batch: LogitBatch) -> Tensor:
@@ -80,15 +78,18 @@ class RankedGate(Protocol):
 class KnowledgeSplitter(Protocol):
     """Cuts parts of the knowledge into finer parts, or masks classes in them. Splitters chain.
 
-    A splitter may carry ``joins_tokenizers`` (bool, default False): whether it makes parts whose K
-    classes can be compared out of parts whose classes are different tokens for student and teacher;
-    or ``any_tokenizer``, as a gate. One that joins may carry ``reads_spans`` (bool, default False):
-    whether it reads the ``span`` and ``teacher_rest`` of the batch, which it else does not find.
-    One that compares classes by what they mean may have a method ``bind(student, teacher)``. For a
-    teacher with another tokenizer it is called once, with the meaning of each class of both models:
-    the text of a token as bytes, or the name of a special token as a string.
-    One that leaves the classes of a position together may carry ``keeps_classes`` (bool, default
-    False): it is then accepted for multi-label classifiers, whose positions have two classes.
+    A splitter may carry:
+
+    - ``any_tokenizer`` (bool, default False), as a gate; or ``joins_tokenizers`` (likewise): it
+      makes parts whose K classes can be compared of parts whose classes are other tokens for the
+      teacher than for the student.
+    - ``reads_spans`` (bool, default False), if it joins: whether it reads the ``span`` and
+      ``teacher_rest`` of the batch, which are else None.
+    - ``bind(student, teacher)``: a method that is called once for a teacher with another tokenizer,
+      with the meaning of each class of both models: the text of a token as bytes, or the name of a
+      special token as a string.
+    - ``keeps_classes`` (bool, default False): whether it leaves the classes of a position together.
+      It is then accepted for multi-label classifiers, whose positions have two classes.
     """
 
     def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -234,76 +235,3 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
-
-
-Augmentation: TypeAlias = "Callable[[Row, Generator], Row]"
-"""Draws a view of a row; all randomness is the generator's."""
-
-
-class Compact(Protocol):
-    """A smaller form of rows, in which they lie on disk; ``restore(shrink(row))`` is the row."""
-
-    def shrink(self, row: Row) -> Row:
-        """The row with smaller inputs, under the same names."""
-
-    def restore(self, row: Row) -> Row:
-        """The row of its smaller form, to the bit."""
-
-
-class ExampleStream(Protocol):
-    """The examples of a source that are never all there; the names are those of datasets.
-
-    Attributes:
-        window: Number of successive examples that training shuffles together.
-    """
-
-    window: int
-
-    def __iter__(self) -> Iterator[Any]:
-        """Read one pass over the data, from the state of the stream to its end."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place of the next example, as plain data."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration begin at a place."""
-
-
-@runtime_checkable
-class DataSource(Protocol):
-    """Examples, and how one becomes a `Row`.
-
-    A source may carry ``model_class`` (str): the transformers class its rows are for, if not
-    AutoModelForCausalLM; ``classes`` (list of str): a classifier's labels in their order; and a
-    static method ``recognise(path)`` for `kdcore init --data`: the params that read a file, without
-    its path, {} if the defaults do, or None if the source does not read such files. With
-    ``multi_label = True`` a row has a position for each label, whose value is 0 or 1.
-
-    A source may carry ``augmentation`` (`Augmentation` or None): training then sees a view of each
-    row that it draws anew in each epoch; labels, mask and id stay. Teacher and student see the same
-    view. Held-out rows stay as they are, and a run that would read views from a cache is refused.
-
-    A source of images may carry ``image_processor`` (mapping or None): how it makes them, in the
-    fields of transformers' CLIPImageProcessor. It is saved with the student, and compared with what
-    the models' own files say.
-
-    A source may have a method ``fingerprint() -> str | None``, which tells all that its examples
-    and its ``encode`` depend on beside the tokenizer (digests of files, params, a version of its
-    code) without reading the examples. Rows are then encoded once, and later runs find them.
-    Without it, or if it returns None, each process encodes the rows again and keeps them in memory.
-    It may carry ``compact`` (`Compact` or None): the form in which these rows lie on disk.
-
-    A source may have a method ``stream() -> ExampleStream | None``: training then reads the
-    examples while it runs. It costs nothing before the stream is read. ``read`` of such a source
-    raises UserError, so that nothing else takes a part of the data for all of it.
-    """
-
-    def read(self) -> Sequence[Any]:
-        """All examples, in a fixed order; those of language models are conversations.
-
-        See `kdcore.data.conversation.Conversation`. The sequence may read an example when it is
-        asked for, as `kdcore.data.encoded.examples` does.
-        """
-
-    def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
-        """Tokenise, shift and mask one example. The processor is an image model's tokenizer."""

@@ -130,7 +130,7 @@ class LogitBatch:
             a gate names one (see `kdcore.method.protocols.Gate`), and while a loss is computed.
         sampled: As in `Batch`.
         span: [B, T] int64, the number of the span of text that each label belongs to, for a teacher
-            with another tokenizer (see `kdcore.method.aligned`); None where no splitter reads it.
+            with another tokenizer (see `kdcore.method.logits`); None where no splitter reads it.
         teacher_rest: [B, T] float, the teacher's log-prob, at the temperature of the loss, of the
             other tokens of the span than the one that ``teacher`` predicts; None as ``span``.
         softening: [B, T] float, the factor of the loss temperature at each position; None without a

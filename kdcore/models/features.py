@@ -82,7 +82,8 @@ class FeatureTap:
                 raise UserError(
                     f"the drafter reads hidden state {layer}, but the target has hidden states 0 "
                     f"to {count}",
-                    "use the target that this drafter was trained for",
+                    f"set features to numbers from 0 to {count}, or use the target that a trained "
+                    "drafter belongs to",
                 )
 
     @contextmanager

@@ -197,7 +197,7 @@ def training_arguments(spec: TrainedSpec, run: Run) -> TrainingArguments:
     if arguments.fsdp and processes(spec).distributed_type in whole:
         raise UserError(
             "training.trainer.fsdp shards the model, which needs several processes on accelerators",
-            "start several processes on accelerators (accelerate launch), or remove it",
+            "start several processes on accelerators (accelerate launch), or remove fsdp",
             "training.trainer.fsdp",
         )
     _refuse_first_fsdp(arguments)
@@ -246,7 +246,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
     if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
         raise UserError(
             "training.trainer.dataloader_persistent_workers needs dataloader_num_workers above 0",
-            "set training.trainer.dataloader_num_workers, or remove it",
+            "set training.trainer.dataloader_num_workers, or remove dataloader_persistent_workers",
             "training.trainer.dataloader_persistent_workers",
         )
     strategy = arguments.train_sampling_strategy
@@ -254,7 +254,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
         raise UserError(
             f"training.trainer.train_sampling_strategy: {strategy} is not supported, as "
             "transformers does not see the lengths of kdcore's rows",
-            "remove it, and set training.group_by_length: true",
+            "replace the strategy by training.group_by_length: true",
             "training.trainer.train_sampling_strategy",
         )
     kwargs: Any = arguments.lr_scheduler_kwargs
@@ -266,7 +266,7 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
     except (TypeError, ValueError) as fault:
         raise UserError(
             f"training.trainer.lr_scheduler_kwargs does not fit: {first_line(fault)}",
-            "use arguments of training.schedule, or remove it",
+            "use arguments of training.schedule, or remove lr_scheduler_kwargs",
             "training.trainer.lr_scheduler_kwargs",
         ) from fault
 

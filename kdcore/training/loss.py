@@ -16,13 +16,12 @@ from kdcore.errors import UserError, with_article
 from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss
-from kdcore.method.objective import Objective
 from kdcore.method.protocols import Divergence, MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.method.schedule import Points
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.reading.mistakes import mistakes
-from kdcore.training.method import labelled
+from kdcore.training.method import labelled, objective_of
 from kdcore.training.step_scores import StepScores
 
 IGNORED = -100
@@ -104,7 +103,7 @@ class DistillationLoss:
 
         spec = _checked({"terms": terms or {}, "tau": tau, "normalize": normalize}, context)
         self.policy: MomentumPolicy = made["momentum"][0]
-        objective = Objective.build(
+        objective = objective_of(
             labelled([_name(gate) for gate in chosen["gate"]], made["gate"]),
             made["splitter"],
             made["divergence"][0],
@@ -269,7 +268,8 @@ class DistillationLoss:
         if not self._figures:
             raise UserError(
                 "step() was called, but no loss was made in this step",
-                "call the loss for each micro-batch, then the optimizer's step(), then this one",
+                "call the loss for each micro-batch, then step() of the optimizer, and then "
+                "step() of the loss",
             )
         values = torch.stack(list(self._figures.values()))
         if torch.distributed.is_initialized():

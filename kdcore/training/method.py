@@ -1,16 +1,28 @@
-"""A spec's method, built: the objective and the momentum policy."""
+"""From a spec to its method: the objective, from components and weights, and the momentum policy.
+
+`Method.build` reads a spec; `objective_of` is the part that needs none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
-from kdcore.errors import UserError
+from kdcore.errors import UserError, nearest
 from kdcore.method.attention_maps import reads_attention
-from kdcore.method.objective import Objective
-from kdcore.method.protocols import Gate, MomentumPolicy, RankedGate
+from kdcore.method.objective import FEATURE, LABEL, OF_LABELS, POLICY, TASK, Objective
+from kdcore.method.protocols import (
+    Advantage,
+    Divergence,
+    Gate,
+    KnowledgeSplitter,
+    Matcher,
+    MomentumPolicy,
+    RankedGate,
+)
+from kdcore.method.schedule import Points
 from kdcore.models.assembly import Assembly
 from kdcore.models.attention import SDPA, other_attention
 from kdcore.runs.folder import Run
@@ -21,6 +33,8 @@ from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import shards_the_model, training_arguments
 
 Labelled = TypeVar("Labelled")
+
+_RESERVED = frozenset({TASK, LABEL, FEATURE, POLICY})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ def _on_auxiliary_rows(spec: TrainedSpec, objective: Objective) -> Objective | N
     if asked is None:
         return None
     try:
-        return objective.on_other_rows(asked.terms)
+        return on_other_rows(objective, asked.terms)
     except UserError as wrong:  # whose words are those of the other weights
         field = "data.auxiliary.terms"
         raise UserError(wrong.cause.replace("method.terms", field), wrong.cure, field) from wrong
@@ -194,13 +208,13 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         The objective.
 
     Raises:
-        UserError: `Objective.build` rejects the weights.
+        UserError: `objective_of` rejects the weights.
     """
     sampled = spec.sampled_divergence if isinstance(spec, StudentMethodSpec) else None
     advantage = spec.advantage if isinstance(spec, StudentMethodSpec) else None
     gates: list[Gate | RankedGate] = [context.build(choice) for choice in spec.gates]
     matchers = spec.matchers if isinstance(spec, StudentMethodSpec) else []
-    return Objective.build(
+    return objective_of(
         labelled([choice.name for choice in spec.gates], gates),
         [context.build(choice) for choice in spec.splitters],
         context.build(spec.divergence),
@@ -214,6 +228,111 @@ def build_objective(spec: MethodSpec, context: BuildContext) -> Objective:
         advantage=None if advantage is None else context.build(advantage),
         part_divergences={part: context.build(each) for part, each in spec.divergences.items()},
     )
+
+
+def objective_of(
+    gates: Mapping[str, Gate | RankedGate],
+    splitters: Sequence[KnowledgeSplitter],
+    divergence: Divergence,
+    terms: Mapping[str, float | Points],
+    *,
+    tau: float | Points = 1.0,
+    normalize: str = "sequence",
+    sampled_divergence: Divergence | None = None,
+    matchers: Mapping[str, Matcher] | None = None,
+    advantage: Advantage | None = None,
+    part_divergences: Mapping[str, Divergence] | None = None,
+) -> Objective:
+    """The objective of components; the arguments are the attributes of `Objective`.
+
+    ``terms`` are the weights that are set. Otherwise `TASK`, `LABEL` and `FEATURE` have weight 0,
+    and each part of the splitters, each matcher and, with an advantage, `POLICY` weight 1.
+
+    Raises:
+        UserError: A weight or a divergence of what the splitters do not give, or no weight
+            above 0.
+    """
+    names = _parts(splitters)
+    for part in (part for part in part_divergences or {} if part not in names):
+        raise UserError(
+            f"method.divergences names unknown part '{part}'",
+            nearest(part, names),
+            "method.divergences",
+        )
+    if taken := {*_RESERVED, *names} & (matchers or {}).keys():
+        raise UserError(
+            f"matcher '{min(taken)}' has the name of a term of the loss",
+            "choose another matcher, or other splitters",
+        )
+    names = (*names, *(matchers or {}), *([] if advantage is None else [POLICY]))
+    unknown = sorted(set(terms) - {TASK, LABEL, FEATURE, *names})
+    if unknown:
+        raise UserError(
+            f"method.terms sets a weight for unknown term '{unknown[0]}'",
+            nearest(unknown[0], [TASK, LABEL, FEATURE, *names]),
+            "method.terms",
+        )
+    weights = {TASK: 0.0, LABEL: 0.0, FEATURE: 0.0} | dict.fromkeys(names, 1.0) | dict(terms)
+    if not any(weights.values()):
+        raise UserError(
+            "method.terms sets the weight of every term to 0, so the model would learn nothing",
+            f"set a weight above 0 for one of: {', '.join(weights)}",
+            "method.terms",
+        )
+    used = {name: weight for name, weight in weights.items() if weight != 0.0}
+    return Objective(
+        gates,
+        tuple(splitters),
+        divergence,
+        used,
+        tau,
+        normalize,
+        sampled_divergence,
+        {label: each for label, each in (matchers or {}).items() if label in used},
+        advantage if POLICY in used else None,
+        part_divergences or {},
+    )
+
+
+def on_other_rows(objective: Objective, terms: Mapping[str, float | Points]) -> Objective:
+    """The same method on rows whose terms have weights of their own.
+
+    Components that none of the terms needs are left out, so that ``task`` alone asks for no
+    teacher. Stateful components are shared: the other rows read their state.
+
+    Args:
+        objective: The objective on the training rows.
+        terms: The weights; all other terms have weight 0.
+
+    Raises:
+        UserError: `objective_of` refuses the weights.
+    """
+    every = (
+        *_parts(objective.splitters),
+        *objective.matchers,
+        *([POLICY] if objective.advantage else []),
+    )
+    ungated, of_labels = set(terms) <= {TASK}, set(terms) <= set(OF_LABELS)
+    parts = {} if of_labels else objective.part_divergences
+    return objective_of(
+        {} if ungated else objective.gates,
+        () if of_labels else objective.splitters,
+        objective.divergence,
+        dict.fromkeys(("kd",) if of_labels else every, 0.0) | dict(terms),
+        tau=objective.tau,
+        normalize=objective.normalize,
+        matchers={} if of_labels else objective.matchers,
+        advantage=None if of_labels else objective.advantage,
+        part_divergences=parts,
+    )
+
+
+def _parts(splitters: Sequence[KnowledgeSplitter]) -> tuple[str, ...]:
+    """The names of the parts that splitters make of "kd"."""
+    names: tuple[str, ...] = ("kd",)
+    for splitter in splitters:
+        names = splitter.parts(names)
+    return names
 
 
 def labelled(names: Sequence[str], components: Sequence[Labelled]) -> dict[str, Labelled]:

@@ -7,17 +7,17 @@ once, with the identity as head. Code that reads `HiddenLogits` cannot tell the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdcore.method.attention_maps import AttentionMaps, Queries
-from kdcore.method.logits import Head, HiddenLogits, MovedLogits
+from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of
 from kdcore.models.attention import AttentionTap
@@ -124,6 +124,39 @@ def _of_whole_rows(batch: Batch, length: int) -> Queries:
     whole = torch.ones(len(here.mask), length, dtype=torch.bool, device=here.mask.device)
     there = here.inputs.get("attention_mask", whole)  # images have none
     return Queries(tuple(there.sum(1).tolist()), sent(there.nonzero()[:, 1], device), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class MovedLogits:
+    """Logits of N masked positions that are computed on one device and read on another.
+
+    Attributes:
+        made: The logits on the device of their model.
+        device: The device that reads them, a chunk at a time.
+    """
+
+    made: HiddenLogits
+    device: torch.device
+
+    @property
+    def features(self) -> Tensor | None:
+        """The hidden states [N, H], as in `HiddenLogits`."""
+        features = self.made.features
+        return None if features is None else features.to(self.device)
+
+    @property
+    def states(self) -> Mapping[int, Tensor]:
+        """The hidden states that matchers read, where they were computed."""
+        return self.made.states
+
+    @property
+    def maps(self) -> AttentionMaps | None:
+        """The attention that matchers read, where it was computed."""
+        return self.made.maps
+
+    def logits(self, chunk: slice) -> Tensor:
+        """[C, V] float32 logits of a chunk of the masked positions, without gradient."""
+        return self.made.logits(chunk).to(self.device)
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from kdcore.data.rows import (
     refuse_long_rows,
     refuse_long_stream,
 )
+from kdcore.data.source import DataSource
 from kdcore.errors import counted
-from kdcore.method.protocols import DataSource
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
@@ -119,8 +119,8 @@ def _streamed(
     assert training.steps is not None  # `kdcore.data.batching.streaming.refuse_stream`
     refuse_long_stream(length, models)
     progress.note(
-        "data.train is a stream, which is read during the training: its first "
-        f"{counted(len(first.read()), 'row')} stand for the others in what is said of the rows"
+        "data.train is a stream, which the training reads as it goes: what follows about the rows "
+        f"describes the first {counted(len(first.read()), 'row')}"
     )
     rows, summary = encode_rows(first, tokenizer, length, progress)
     note_cut_rows(summary, length, progress)

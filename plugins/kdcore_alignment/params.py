@@ -17,7 +17,7 @@ class ULD(Params):
 
     merge: Literal["none", "product", "rest"] = Field(
         default="none",
-        description="what the other tokens of a span count (method.alignment: spans or "
+        description="how the other tokens of a span count (method.alignment: spans or "
         "spans_last). none: nothing; product: the probabilities are multiplied by that of the "
         "other tokens, as GOLD does, so that their sum is below 1 (for total_variation); rest: "
         "likewise, and the missing probability is one more class (for any divergence)",
@@ -29,7 +29,7 @@ class Gold(Params):
 
     merge: Literal["none", "product"] = Field(
         default="product",
-        description="what the other tokens of a span count (method.alignment: spans or "
+        description="how the other tokens of a span count (method.alignment: spans or "
         "spans_last). product: the probabilities are multiplied by that of the other tokens; none: "
         "nothing",
     )

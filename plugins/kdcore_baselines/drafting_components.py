@@ -20,6 +20,23 @@ from kdcore.specs.parts.fields import (
 MOST = 1024
 """Maximum number of tokens in a draft; the size of their mask grows with its square."""
 Few = Annotated[int, Field(gt=0, le=MOST)]
+DraftVocabulary = Annotated[
+    Count | None,
+    Field(
+        description="size of the draft vocabulary, the most frequent tokens; null means all tokens"
+    ),
+]
+FeedForward = Annotated[
+    Size | None,
+    Field(description="width of the feed-forward networks; null means the target's width"),
+]
+Features = Annotated[
+    tuple[Index, ...] | None,
+    Field(
+        min_length=1,
+        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
+    ),
+]
 
 _BACKBONE: Any = "backbone"  # a name, which pydantic validates like the user's input
 _DYNAMIC: Any = "dynamic"
@@ -74,10 +91,7 @@ class MedusaParams(Params):
     """Parameters of the medusa drafter."""
 
     depth: Few = Field(4, description="number of heads; each predicts one token ahead")
-    vocabulary: Count | None = Field(
-        None,
-        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
-    )
+    vocabulary: DraftVocabulary = None
     tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
 
 
@@ -101,15 +115,8 @@ class Eagle3Params(Params):
     layer: LayerParams = Field(
         _THE_TARGETS, description="sizes of the decoder layer; null means the target's value"
     )
-    features: tuple[Index, ...] | None = Field(
-        None,
-        min_length=1,
-        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
-    )
-    vocabulary: Count | None = Field(
-        None,
-        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
-    )
+    features: Features = None
+    vocabulary: DraftVocabulary = None
     tree: TreeChoice = Field(
         _DYNAMIC, description="tree of the candidates, one that can grow pass by pass"
     )
@@ -120,19 +127,9 @@ class PEagleParams(Params):
 
     depth: Few = Field(7, description="number of tokens ahead; all but one are read off mask slots")
     layers: int = Field(4, gt=0, le=64, description="number of decoder layers")
-    ffn: Size | None = Field(
-        None,
-        description="width of the feed-forward networks; null means the target's width",
-    )
-    features: tuple[Index, ...] | None = Field(
-        None,
-        min_length=1,
-        description="indices of the target's hidden states to read; null means 2, L // 2 and L - 3",
-    )
-    vocabulary: Count | None = Field(
-        None,
-        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
-    )
+    ffn: FeedForward = None
+    features: Features = None
+    vocabulary: DraftVocabulary = None
     tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
 
 
@@ -143,20 +140,14 @@ class DFlashParams(Params):
         7, description="number of tokens ahead; the block has one slot more, the newest token's"
     )
     layers: int = Field(5, gt=0, le=64, description="number of decoder layers")
-    ffn: Size | None = Field(
-        None,
-        description="width of the feed-forward networks; null means the target's width",
-    )
+    ffn: FeedForward = None
     features: tuple[Index, ...] | None = Field(
         None,
         min_length=1,
         description="indices of the target's hidden states to read; null means as many as the "
         "drafter has layers, at equal distances from 2 to L - 2",
     )
-    vocabulary: Count | None = Field(
-        None,
-        description="size of the draft vocabulary, the most frequent tokens; null means all tokens",
-    )
+    vocabulary: DraftVocabulary = None
     tree: TreeChoice = Field(_BACKBONE, description="tree of the candidates")
 
 

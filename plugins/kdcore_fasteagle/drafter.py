@@ -48,7 +48,6 @@ PROBE = 32
 class FastEagle(TraceableDrafter):
     """FastEagle drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
-    layers: tuple[int, ...] = ()
     layouts = ("vllm",)
 
     def __init__(self, params: FastEagleParams, context: BuildContext) -> None:
@@ -57,19 +56,9 @@ class FastEagle(TraceableDrafter):
         self.tree = context.build(params.tree)
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Bind the drafter to its target and create its weights.
-
-        Args:
-            target: Target model.
-            tokenizer: Tokenizer of the target.
-
-        Raises:
-            UserError: The target has no linear head, not the hidden states of ``features``, or no
-                layers that ``init: target`` can copy.
-        """
         super().bind(target, tokenizer)
-        self.layers = self.params.features or low_middle_high(layer_count(target))
-        blocks = FeatureTap(target, self.layers).blocks
+        chosen = self.params.features or low_middle_high(layer_count(target))
+        blocks = self.read_states(target, chosen)
         size = self.layer_size = LayerSize.of(target, self.params.ffn)
         with torch.device(target.device):
             self.fuse_features = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
@@ -89,17 +78,7 @@ class FastEagle(TraceableDrafter):
             self._begin_with(torch.ones((), device=target.device))
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        The last row has no token after it; its hidden states predict no known token.
-
-        Args:
-            tokens: [B, T] int64.
-            features: [B, T, F] hidden states of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
+        # the last row has no token after it; what it predicts is not learned
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedded = self.embed(tokens.roll(-1, dims=1))
         return self._cascade(embedded, features, positions, [causal] * self.depth)
@@ -112,23 +91,6 @@ class FastEagle(TraceableDrafter):
     def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
         hidden = self._cascade(given["embedded"], given["features"], given["positions"], attends)
         return {"logp": self.logp(at_places(hidden, given["places"]))}
-
-    def start(self, first: Tensor) -> None:
-        if self.compiled is not None:
-            self.compiled.start(first)
-        else:
-            self.cache = self.empty_cache(len(first))
-
-    def empty_cache(self, rows: int) -> RowCache:
-        """Create an empty cache.
-
-        Args:
-            rows: Number of rows.
-
-        Returns:
-            The cache of keys and values, without entries.
-        """
-        return RowCache(rows, self.depth, self.layer_size, like=self.norms)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdcore.models.machine import processor
+from kdcore.models.device import processor
 from kdcore.runs.whole_files import write_whole
 from kdcore_openvino.stored_weights import widen
 

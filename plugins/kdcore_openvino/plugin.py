@@ -32,7 +32,7 @@ class GenAiParams(Params):
         "converted from the target)",
     )
     weights: Literal["exact", "float16", "int8"] = Field(
-        "exact", description="stored weights of the converted graph, as of the engine openvino"
+        "exact", description="form of the weights in the converted graph, as in the engine openvino"
     )
     cache: Literal["float32", "float16", "int8"] | None = Field(
         None, description="dtype of keys and values in the cache (default: GenAI's choice, int8)"

@@ -39,10 +39,11 @@ from kdcore.training.views import StudentView
 from kdcore_cli import main
 from kdcore_cli.terminal import console
 from tests.device.mock_device import DEVICE, MockDevice
-from tests.tiny.distill_specs import logged
+from tests.fixtures.json_lines import write_lines
+from tests.tiny.distill_specs import chat, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-ROWS = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(6)]
+ROWS = [chat(n) for n in range(6)]
 TRAINING = {"batch_size": 2, "steps": 2}
 
 
@@ -57,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(folder: Path, count: int = len(ROWS)) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_lines(path, ROWS)
     return {"name": "chat", "path": str(path), "limit": count}
 
 

@@ -23,8 +23,10 @@ import kdcore_deepkd
 import kdcore_speckd
 from kdcore.components.registry import installed
 from kdcore.testing import suite_of
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.pages import BLOCKS, ROOT
 from tests.kdcore.jobs.train_drafter.test_train_drafter import spec_of as drafter_spec  # noqa: F401
+from tests.tiny.distill_specs import CHATS
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 PAGE = ROOT / "docs" / "reference" / "api.md"
@@ -39,8 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spec(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A distillation in the working directory."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("rows.jsonl"), CHATS)
     source = {"name": "chat", "path": "rows.jsonl"}
     return {
         "job": "distill",

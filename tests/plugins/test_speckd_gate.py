@@ -26,8 +26,7 @@ from tests.plugins.logit_batches import (
 )
 from tests.reference import gates as reference
 from tests.reference.divergences import forward_kl
-from tests.reference.positions import per_position
-from tests.reference.reduction import sequence_mean
+from tests.reference.positions import per_position, sequence_mean
 
 VERIFICATIONS = ("greedy", "sampling", "expected")
 seeds = st.integers(0, 10_000)

@@ -9,14 +9,20 @@ from typing import Any
 
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from tests.fixtures.json_lines import write_lines
 
-CHATS = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
+
+def chat(number: int) -> dict[str, str]:
+    return {"prompt": f"the mat of {number}?", "response": f"the teacher sat {number}"}
+
+
+CHATS = [chat(n) for n in range(9)]
 
 
 def chats_in(folder: Path, rows: Iterable[dict[str, Any]] = CHATS) -> dict[str, str]:
     """A source of rows, which are written to a file in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     return {"name": "chat", "path": str(folder / "rows.jsonl")}
 
 

@@ -111,11 +111,14 @@ RepetitionPenalty: TypeAlias = Annotated[
     float, typer.Option(help="Penalty for tokens that occurred before; 1 means none.")
 ]
 PresencePenalty: TypeAlias = Annotated[
-    float, typer.Option(help="Subtracted from the logits of tokens that occur in the answer.")
+    float,
+    typer.Option(help="Number subtracted from the logits of tokens that occur in the answer."),
 ]
 FrequencyPenalty: TypeAlias = Annotated[
     float,
-    typer.Option(help="Subtracted from the logits once for each time the token occurs in it."),
+    typer.Option(
+        help="Number subtracted from a logit for each time its token occurs in the answer."
+    ),
 ]
 NoRepeatNgramSize: TypeAlias = Annotated[
     int, typer.Option(help="No sequence of so many tokens occurs twice; 0 means no such limit.")

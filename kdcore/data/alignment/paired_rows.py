@@ -15,10 +15,9 @@ from kdcore.data.alignment.spans import AlignedRow, align
 from kdcore.data.alignment.token_bytes import TokenBytes
 from kdcore.data.responses.on_policy import answered, last_response, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate
+from kdcore.data.source import DataSource
 from kdcore.data.store import row_key
-from kdcore.method.aligned import AlignedLogits
-from kdcore.method.logits import TeacherLogits
-from kdcore.method.protocols import DataSource
+from kdcore.method.logits import AlignedLogits, TeacherLogits
 from kdcore.method.records import Batch, Row
 from kdcore.models.device import sent
 from kdcore.specs.parts.training import Alignment

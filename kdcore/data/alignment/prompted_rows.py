@@ -16,9 +16,9 @@ from torch import Tensor
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import answered, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate
+from kdcore.data.source import DataSource
 from kdcore.data.store import row_key
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource
 from kdcore.method.records import Batch, Row
 
 _UNCUT = 2**31
@@ -77,7 +77,7 @@ class PromptedSource:
             raise UserError(
                 f"{known.id} and {theirs.id} have the same prompt and response, and different "
                 "prompts of the teacher",
-                "remove one of them",
+                "remove one of these rows",
                 "data.teacher_prompt",
             )
         return ours
@@ -131,7 +131,7 @@ def prompted(example: Any, template: str) -> Conversation:
         raise UserError(
             "data.teacher_prompt writes the prompts of conversations, and the rows are not "
             "conversations",
-            "remove it, or use a source of conversations",
+            "remove data.teacher_prompt, or use a source of conversations",
             "data.teacher_prompt",
         )
     roles = [message.role for message in example.messages]
@@ -153,8 +153,7 @@ def prompted(example: Any, template: str) -> Conversation:
         if (name := found[1]) not in fields:
             raise UserError(
                 f"{example.id} does not have the field '{name}' that data.teacher_prompt names",
-                f"use one of {', '.join(sorted(fields))}, or let the source keep it: "
-                f"keep: [{name}]",
+                f"use one of {', '.join(sorted(fields))}, or set keep: [{name}] in the source",
                 "data.teacher_prompt",
             )
         return str(fields[name])

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from kdcore.data.rows import RowDataset
+from kdcore.data.source import Augmentation, DataSource
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
-from kdcore.method.protocols import Augmentation, DataSource
 from kdcore.method.records import Row
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.teachers import CachedTeacherSpec

@@ -16,7 +16,7 @@ from kdcore.data.batching.stored import Collate, Reader, ReadingCollation
 from kdcore.data.batching.streaming import StreamCollation, StreamItems, WindowOrder
 from kdcore.data.encoded.streamed_rows import StreamedRows
 from kdcore.data.rows import RowDataset, collate, lengths_of
-from kdcore.method.protocols import Augmentation
+from kdcore.data.source import Augmentation
 from kdcore.specs.parts.training import TrainingSpec
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, Sampler
 from kdcore.data.batching.faults import fault
 from kdcore.data.encoded.stream_windows import stream_of
 from kdcore.data.encoded.streamed_rows import StreamedRows
+from kdcore.data.source import Augmentation, DataSource
 from kdcore.errors import UserError
 from kdcore.method.generators import generator_at
-from kdcore.method.protocols import Augmentation, DataSource
 from kdcore.method.records import Row
 from kdcore.specs.train_drafter import TrainDrafterSpec, TrainedSpec
 

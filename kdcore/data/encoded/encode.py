@@ -29,10 +29,10 @@ from kdcore.data.encoded.answered_lines import json_line
 from kdcore.data.encoded.cache import MANIFEST, make_room, rows_folder
 from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
+from kdcore.data.source import Compact, DataSource
 from kdcore.data.templates.mask import MASK_RULE
 from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
-from kdcore.method.protocols import Compact, DataSource
 from kdcore.method.records import Row
 from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.facts import version_of

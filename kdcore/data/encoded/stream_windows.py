@@ -18,8 +18,8 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from kdcore.data.source import DataSource, ExampleStream
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource, ExampleStream
 from kdcore.method.records import Row
 
 FIRST = 256

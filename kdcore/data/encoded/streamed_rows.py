@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from kdcore.data.encoded.stream_windows import WindowPlaces, Windows
-from kdcore.method.protocols import DataSource
+from kdcore.data.source import DataSource
 from kdcore.method.records import Row
 
 

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcore.data.source import Compact
 from kdcore.data.store import bits, content_key, row_key
 from kdcore.errors import UserError
-from kdcore.method.protocols import Compact
 from kdcore.method.records import Row
 
 FORMAT = 3

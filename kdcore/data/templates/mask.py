@@ -128,7 +128,8 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
         "".join(message.content for message in conversation.messages).encode()
     except UnicodeEncodeError:  # bytes from a terminal that Python could not decode
         raise UserError(
-            f"{conversation.id} contains bytes that are not valid UTF-8", "encode it in UTF-8"
+            f"{conversation.id} contains bytes that are not valid UTF-8",
+            "write the conversation in UTF-8",
         ) from None
     place = conversation.unanswered
     if place is None:

@@ -17,21 +17,24 @@ from kdcore.decoding.tree import DraftTree
 from kdcore.errors import UserError
 from kdcore.method.logits import Head
 from kdcore.models.anatomy import head_of
+from kdcore.models.features import FeatureTap
 
 
 class DraftingModule(nn.Module):
     """A `kdcore.decoding.protocols.TrainedDrafter` without its own layers.
 
-    A subclass creates its weights in ``bind``, after this class, and adds ``layers``, ``depth``,
-    ``forward``, ``start`` and ``propose``.
+    A subclass creates its weights in ``bind``, after this class, calls `read_states` there if it
+    reads hidden states of the target, and adds ``depth``, ``forward``, ``start`` and ``propose``.
 
     Args:
         size: Size V' of the draft vocabulary, the most frequent tokens; None means all tokens.
 
     Attributes:
+        layers: Indices of the target's hidden states that it reads.
         vocabulary: [V'] int64 ids of the tokens that it can propose, or None for all.
     """
 
+    layers: tuple[int, ...] = ()
     vocabulary: Tensor | None
 
     def __init__(self, size: int | None) -> None:
@@ -80,6 +83,22 @@ class DraftingModule(nn.Module):
         self._rows = None
         if self.size is not None:
             self.vocabulary = torch.arange(self.size, device=target.device)
+
+    def read_states(self, target: PreTrainedModel, layers: tuple[int, ...]) -> nn.ModuleList:
+        """Set ``layers``.
+
+        Args:
+            target: The target model.
+            layers: Indices of its hidden states.
+
+        Returns:
+            The layers of the target.
+
+        Raises:
+            UserError: The target does not have one of these hidden states.
+        """
+        self.layers = layers
+        return FeatureTap(target, layers).blocks
 
     @property
     def dtype(self) -> torch.dtype:

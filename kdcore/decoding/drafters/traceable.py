@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcore.decoding.drafters.module import DraftingModule
+from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.engines.protocols import CompiledPass, CompilingEngine
 from kdcore.decoding.layers.decoder_layer import Attend, LayerSize
 
@@ -30,9 +31,31 @@ class TraceableDrafter(DraftingModule):
 
     Attributes:
         compiled: The pass in an engine, or None while torch runs it.
+        cache: The rows in torch, after ``start``; not set where the pass has no cache.
     """
 
     compiled: CompiledRows | None = None
+    cache: RowCache
+
+    def start(self, first: Tensor) -> None:
+        """Start B empty rows where the pass runs; see `kdcore.decoding.protocols.Drafter.start`."""
+        if self.compiled is not None:
+            self.compiled.start(first)
+        elif self.traceable().size is not None:
+            self.cache = self.empty_cache(len(first))
+
+    def empty_cache(self, rows: int) -> RowCache:
+        """Create an empty cache of the pass in torch.
+
+        Args:
+            rows: Number of rows.
+
+        Returns:
+            The cache of keys and values, without entries.
+        """
+        of = self.traceable()
+        assert of.size is not None, "the pass has no cache"
+        return RowCache(rows, of.layers, of.size, like=next(self.parameters()))
 
     def use_engine(self, engine: CompilingEngine | None) -> None:
         """Choose what runs the pass from the next ``start`` on.

@@ -10,8 +10,8 @@ from typing import Any
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.encoded.stream_windows import FirstExamples
 from kdcore.data.responses.file import questions_of
+from kdcore.data.source import DataSource
 from kdcore.data.templates.rendering import render
-from kdcore.method.protocols import DataSource
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import lost_updates

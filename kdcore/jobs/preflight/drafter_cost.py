@@ -17,11 +17,11 @@ from kdcore.errors import UserError
 from kdcore.evaluation.speed.break_even import TOKENS, BreakEven, break_even
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
+from kdcore.models.device import available_memory, machine
 from kdcore.models.folder.files import stored_folder
 from kdcore.models.folder.weights import weight_files
 from kdcore.models.loading.load import load_model
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.models.machine import available_memory, machine
 from kdcore.runs.costs import in_bytes
 from kdcore.specs.parts.decoding import DraftingSpec, sampling_at
 from kdcore.specs.parts.fields import ModelSpec

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint.answers import EndpointAnswers
+from kdcore.data.source import DataSource
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
-from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run

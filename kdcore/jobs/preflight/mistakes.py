@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from kdcore.components.registry import Registry
+from kdcore.data.source import DataSource
 from kdcore.errors import Mistakes, UserError, in_field
 from kdcore.jobs.preflight.rows import sampled
-from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.fit.pair import model_kind
 from kdcore.models.loading.load import load_model, load_student

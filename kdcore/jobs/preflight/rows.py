@@ -14,8 +14,8 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.responses.file import questions_of
 from kdcore.data.rows import padding_share, refuse_long_stream
+from kdcore.data.source import DataSource
 from kdcore.errors import UserError
-from kdcore.method.protocols import DataSource
 from kdcore.method.records import Row
 from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
 from kdcore.models.loading.loaded import LoadedModel

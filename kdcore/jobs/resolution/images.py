@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kdcore.method.protocols import DataSource
+from kdcore.data.source import DataSource
 from kdcore.models.folder.image_processor import FILE, differences, read_image_processor
 from kdcore.specs.distill import DistillSpec
 

@@ -26,12 +26,12 @@ from kdcore.data.ranks import Ranks
 from kdcore.data.responses.endpoint.sampler import ServedSampler
 from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.data.rows import RowDataset
+from kdcore.data.source import DataSource
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
 from kdcore.evaluation.scores import Scores
 from kdcore.jobs.resolution.open_caches import open_cache, open_caches
 from kdcore.method.objective import Objective
-from kdcore.method.protocols import DataSource
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
 from kdcore.models.fit.method import (

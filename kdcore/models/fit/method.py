@@ -181,7 +181,7 @@ def refuse_across_tokenizers(spec: DistillSpec, objective: Objective) -> None:
             raise UserError(
                 f"splitter '{choice.name}' needs classes that mean the same in both models, and "
                 "with method.alignment they are different tokens",
-                "remove it, or remove method.alignment",
+                f"remove '{choice.name}', or method.alignment",
             )
     if not joined and any(name not in {*OF_LABELS, FEATURE} for name in objective.weights):
         raise UserError(

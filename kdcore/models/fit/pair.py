@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from kdcore.errors import UserError, in_field
-from kdcore.method.protocols import DataSource
 from kdcore.models.folder.quantization import refuse_untrainable
 from kdcore.models.loading.load import load_model, load_student, set_padding
 from kdcore.models.loading.loaded import LoadedModel, first_few, in_order
@@ -61,7 +60,7 @@ class TeacherAndStudent:
     def load(
         cls,
         spec: DistillSpec,
-        sources: Mapping[str, DataSource],
+        sources: Mapping[str, object],
         *,
         reference: str | None = None,
         weights: bool = True,
@@ -201,13 +200,13 @@ def _outlined(
     return load_student(spec.student, teacher, weights=False, **arguments)
 
 
-def model_kind(source: DataSource) -> Any:
+def model_kind(source: object) -> Any:
     """The transformers class that a source's rows require (default: AutoModelForCausalLM)."""
     return getattr(transformers, getattr(source, "model_class", "AutoModelForCausalLM"))
 
 
 def refuse_other_labels(
-    model: LoadedModel, source: DataSource, name: str = "the data", cure: str | None = None
+    model: LoadedModel, source: object, name: str = "the data", cure: str | None = None
 ) -> None:
     """Check that a classifier has the labels of a source, in the same order.
 
@@ -232,7 +231,7 @@ def refuse_other_labels(
         )
 
 
-def _refuse_other_kind(model: LoadedModel, source: DataSource, name: str = "the data") -> None:
+def _refuse_other_kind(model: LoadedModel, source: object, name: str = "the data") -> None:
     """Raises UserError when one of model and source has a label in a row, and the other several."""
     several = getattr(source, "multi_label", False)
     if hasattr(source, "classes") and several != model.multi_label:

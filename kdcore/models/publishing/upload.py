@@ -61,7 +61,9 @@ def upload(folder: Path, repo: str, *, public: bool = False, message: str = "") 
     except HFValidationError as wrong:
         raise UserError(f"'{repo}' is not a repository", "name it OWNER/NAME") from wrong
     except OfflineModeIsEnabled as offline:
-        raise UserError("the hub cannot be reached: HF_HUB_OFFLINE is set", "unset it") from offline
+        raise UserError(
+            "the hub cannot be reached: HF_HUB_OFFLINE is set", "run: unset HF_HUB_OFFLINE"
+        ) from offline
     except _HTTP_ERROR as refusal:
         raise UserError(
             f"the hub refused the upload to {repo}: {first_line(refusal)}",

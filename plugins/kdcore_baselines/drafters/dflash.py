@@ -33,7 +33,6 @@ from kdcore.decoding.layers.decoder_layer import (
     rotated,
 )
 from kdcore.models.anatomy import final_scale, layer_count
-from kdcore.models.features import FeatureTap
 from kdcore_baselines.drafters import slot_layouts
 from kdcore_baselines.drafters.slots import Keys, SlotsOf
 
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 class DFlash(DraftingModule):
     """DFlash drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
-    layers: tuple[int, ...] = ()
     layouts = ("vllm",)
 
     def __init__(self, params: DFlashParams, context: BuildContext) -> None:
@@ -60,18 +58,9 @@ class DFlash(DraftingModule):
         self.tree = context.build(params.tree)
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Bind the drafter to its target and create its weights.
-
-        Args:
-            target: Target model.
-            tokenizer: Tokenizer of the target.
-
-        Raises:
-            UserError: The target has no linear head, or not the hidden states of ``features``.
-        """
         super().bind(target, tokenizer)
-        self.layers = self.params.features or spread(layer_count(target), self.params.layers)
-        FeatureTap(target, self.layers)  # raises for hidden states that the target does not have
+        usual = spread(layer_count(target), self.params.layers)
+        self.read_states(target, self.params.features or usual)
         size = self.layer_size = LayerSize.of(target, self.params.ffn)
         with torch.device(target.device):
             self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
@@ -83,17 +72,7 @@ class DFlash(DraftingModule):
         self.mask_token.data.copy_(self.mean_embedding())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        The last row has no token after it; its hidden states predict no known token.
-
-        Args:
-            tokens: [B, T] int64.
-            features: [B, T, F] hidden states of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
+        # the last row has no token after it; what it predicts is not learned
         entry = torch.arange(tokens.shape[1], device=tokens.device)
         slot = torch.arange(1, self.depth + 2, device=tokens.device)
         context, rotation = self._context(features), self.layer_size.rotation(entry[None])

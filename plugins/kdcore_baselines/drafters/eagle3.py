@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import DraftTree, TreeGrower, UserError
-from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.drafters.traceable import DrafterPass, TraceableDrafter, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, Attention, LayerSize, Rotation, SwiGLU
 from kdcore.method.logits import Head
 from kdcore.models.anatomy import final_scale, layer_count
-from kdcore.models.features import FeatureTap, low_middle_high
+from kdcore.models.features import low_middle_high
 from kdcore_baselines.drafters import eagle3_layouts
 from kdcore_baselines.drafters.eagle3_attention import Unrolled
 
@@ -42,9 +41,18 @@ if TYPE_CHECKING:
 
 
 class OwnHead(TraceableDrafter):
-    """A drafter whose head is its own and begins as the target's; ``bind`` creates it."""
+    """A drafter that fuses hidden states, and whose own head begins as the target's.
 
+    ``bind`` creates its modules.
+    """
+
+    fc: nn.Linear
     lm_head: nn.Linear
+
+    def _fused(self, features: Tensor) -> Tensor:
+        """FC: [B, A, H] from features [B, A, F]."""
+        fused: Tensor = self.fc(features.to(self.dtype))
+        return fused
 
     @property
     def head(self) -> Head:
@@ -67,7 +75,6 @@ class Eagle3(OwnHead):
     Its modules and weights have the names of the published checkpoints.
     """
 
-    layers: tuple[int, ...] = ()
     layouts = eagle3_layouts.LAYOUTS
 
     def __init__(self, params: Eagle3Params, context: BuildContext) -> None:
@@ -91,18 +98,8 @@ class Eagle3(OwnHead):
         self._tree = tree
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Bind the drafter to its target and create its weights.
-
-        Args:
-            target: Target model.
-            tokenizer: Tokenizer of the target.
-
-        Raises:
-            UserError: The target has no linear head, or not the hidden states of ``features``.
-        """
         super().bind(target, tokenizer)
-        self.layers = self.params.features or low_middle_high(layer_count(target))
-        FeatureTap(target, self.layers)  # raises for hidden states that the target does not have
+        self.read_states(target, self.params.features or low_middle_high(layer_count(target)))
         size = self.layer_size = self._size(target)
         with torch.device(target.device):
             self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
@@ -113,17 +110,7 @@ class Eagle3(OwnHead):
         self.lm_head.weight.data.copy_(self.head_rows())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        The last rows have too few tokens after them; their hidden states predict no known token.
-
-        Args:
-            tokens: [B, T] int64.
-            features: [B, T, F] hidden states of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
+        # the last rows have too few tokens after them; what they predict is not learned
         rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
         attend, hidden = Unrolled(), self._fused(features)
         by_pass = []
@@ -142,12 +129,6 @@ class Eagle3(OwnHead):
         hidden = self._pass(given["hidden"], given["embedded"], given["positions"], next(attends))
         chosen = at_places(hidden, given["places"])
         return {"states": hidden, "logp": self.logp(self.norm(chosen))}
-
-    def start(self, first: Tensor) -> None:
-        if self.compiled is not None:
-            self.compiled.start(first)
-        else:
-            self.cache = RowCache(len(first), 1, self.layer_size, like=self.norm.weight)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -168,10 +149,6 @@ class Eagle3(OwnHead):
     def _size(self, target: PreTrainedModel) -> LayerSize:
         chosen = self.params.layer.model_dump(exclude_none=True)
         return replace(LayerSize.of(target, chosen.pop("ffn", None)), **chosen)
-
-    def _fused(self, features: Tensor) -> Tensor:
-        fused: Tensor = self.fc(features.to(self.dtype))
-        return fused
 
     def _read(self, fused: Tensor, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Add the entries [B, A, H] of each row; return the newest one's state and log-probs."""

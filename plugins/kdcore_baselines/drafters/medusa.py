@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 class Medusa(TraceableDrafter):
     """Medusa drafter, a `kdcore.decoding.protocols.TrainedDrafter` without a cache."""
 
-    layers: tuple[int, ...] = ()
     layouts = ("vllm",)
 
     def __init__(self, params: MedusaParams, context: BuildContext) -> None:
@@ -52,15 +51,6 @@ class Medusa(TraceableDrafter):
         nn.init.zeros_(self.heads.bias)
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        Args:
-            tokens: [B, T] int64; not used.
-            features: [B, T, H] last hidden states of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
         return self._ahead(features)
 
     def traceable(self) -> DrafterPass:
@@ -68,10 +58,6 @@ class Medusa(TraceableDrafter):
 
     def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
         return {"logp": self.logp(self._ahead(given["features"]))}
-
-    def start(self, first: Tensor) -> None:
-        if self.compiled is not None:
-            self.compiled.start(first)
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None

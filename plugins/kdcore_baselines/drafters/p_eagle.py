@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import DraftTree
-from kdcore.decoding.drafters.row_cache import RowCache
 from kdcore.decoding.drafters.traceable import DrafterPass, at_places
 from kdcore.decoding.layers.decoder_layer import Attend, DecoderLayer, LayerSize
 from kdcore.models.anatomy import final_scale, layer_count
-from kdcore.models.features import FeatureTap, low_middle_high
+from kdcore.models.features import low_middle_high
 from kdcore_baselines.drafters import slot_layouts
 from kdcore_baselines.drafters.eagle3 import Layer, OwnHead
 from kdcore_baselines.drafters.slots import EntriesAndSlots
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 class PEagle(OwnHead):
     """P-EAGLE drafter, a `kdcore.decoding.protocols.TrainedDrafter`."""
 
-    layers: tuple[int, ...] = ()
     layouts = ("vllm",)
 
     def __init__(self, params: PEagleParams, context: BuildContext) -> None:
@@ -54,18 +52,8 @@ class PEagle(OwnHead):
         self.tree = context.build(params.tree)
 
     def bind(self, target: PreTrainedModel, tokenizer: Any) -> None:
-        """Bind the drafter to its target and create its weights.
-
-        Args:
-            target: Target model.
-            tokenizer: Tokenizer of the target.
-
-        Raises:
-            UserError: The target has no linear head, or not the hidden states of ``features``.
-        """
         super().bind(target, tokenizer)
-        self.layers = self.params.features or low_middle_high(layer_count(target))
-        FeatureTap(target, self.layers)  # raises for hidden states that the target does not have
+        self.read_states(target, self.params.features or low_middle_high(layer_count(target)))
         size = self.layer_size = LayerSize.of(target, self.params.ffn)
         with torch.device(target.device):
             self.fc = nn.Linear(len(self.layers) * size.hidden, size.hidden, bias=False)
@@ -80,17 +68,7 @@ class PEagle(OwnHead):
         self.mask_token.data.copy_(self.mean_embedding())
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the hidden states that the head reads.
-
-        The last row has no token after it; its hidden states predict no known token.
-
-        Args:
-            tokens: [B, T] int64.
-            features: [B, T, F] hidden states of the target.
-
-        Returns:
-            The hidden states [B, T, D, H].
-        """
+        # the last row has no token after it; what it predicts is not learned
         count, slots = tokens.shape[1], self.depth - 1
         row = torch.arange(count, device=tokens.device)
         later = row[:, None] + torch.arange(1, self.depth, device=tokens.device)
@@ -112,14 +90,6 @@ class PEagle(OwnHead):
     def traced(self, given: Mapping[str, Tensor], attends: Iterator[Attend]) -> dict[str, Tensor]:
         read = self._pass(given["hidden"], given["embedded"], given["positions"], attends)
         return {"logp": self.logp(at_places(read, given["places"]))}
-
-    def start(self, first: Tensor) -> None:
-        if self.compiled is not None:
-            self.compiled.start(first)
-        else:
-            self.cache = RowCache(
-                len(first), self.params.layers, self.layer_size, like=self.norm.weight
-            )
 
     def propose(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, generator: torch.Generator | None
@@ -154,10 +124,6 @@ class PEagle(OwnHead):
         self.cache.lengths += lengths
         newest = (lengths - 1).clamp(min=0)[:, None]
         return self.logp(at_places(read, newest + torch.arange(self.depth, device=lengths.device)))
-
-    def _fused(self, features: Tensor) -> Tensor:
-        fused: Tensor = self.fc(features.to(self.dtype))
-        return fused
 
     def _slot(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two inputs [H] of a slot, in the dtype of other inputs."""

@@ -80,7 +80,7 @@ def _formulas(text: str) -> list[Any]:
         raise UserError(
             "the score math limits the time of a comparison by a signal, which Python delivers to "
             "the main thread only",
-            "run it in the main thread, or remove math from evaluation.answers",
+            "call the evaluation from the main thread, or remove math from evaluation.answers",
         )
     found: list[Any] = math_verify.parse(text)
     return found

@@ -37,9 +37,15 @@ WHOLE = (0.0, 1.0)
 class ConversationParams(Params):
     """Names of the fields of a conversation; without them the usual names are found."""
 
-    prompt: str | None = Field(None, description="name of another field with the prompt")
-    response: str | None = Field(None, description="name of another field with the response")
-    messages: str | None = Field(None, description="name of another field with the turns")
+    prompt: str | None = Field(
+        None, description="name of the field with the prompt (default: a usual name)"
+    )
+    response: str | None = Field(
+        None, description="name of the field with the response (default: a usual name)"
+    )
+    messages: str | None = Field(
+        None, description="name of the field with the turns (default: a usual name)"
+    )
     text: str | None = Field(
         None,
         description="name of the field with a whole text, e.g. of a corpus, of which every token "
@@ -56,15 +62,17 @@ class ConversationParams(Params):
         description="role in the data -> role of the chat template, e.g. {customer: user, agent: "
         "assistant}",
     )
-    tools: str | None = Field(None, description="name of another field with the tools")
+    tools: str | None = Field(
+        None, description="name of the field with the tools (default: a usual name)"
+    )
     keep: list[str] = Field(
         [],
         description="names of further fields that scores of answers read, e.g. [test, entry_point]",
     )
     teacher: str | None = Field(
         None,
-        description="name of another field with the teacher of a row, or with weights "
-        "{TEACHER: WEIGHT}, where the spec has several teachers",
+        description="name of the field with the teacher of a row, or with weights "
+        "{TEACHER: WEIGHT}, where the spec has several teachers (default: teacher)",
     )
     group: str | None = Field(
         None,
@@ -80,8 +88,8 @@ class ConversationParams(Params):
     part: Part = Field(
         WHOLE,
         description="interval of the conversations to read, in a fixed shuffle; [0, 0.9] for "
-        "training and [0.9, 1] for held-out rows do not overlap, and conversations that ask the "
-        "same are in one part",
+        "training and [0.9, 1] for held-out rows do not overlap, and conversations with the "
+        "same prompts are in one part",
     )
     limit: Count | None = Field(None, description="number of conversations to read, from the first")
     system: str | None = Field(None, description="system turn for rows without one")

@@ -12,8 +12,7 @@ from rich.console import Console
 from kdcore.components import registry
 from kdcore.components.registry import Registry
 from kdcore.jobs.preflight import drafter_cost
-from kdcore.models.device import CPU
-from kdcore.models.machine import machine
+from kdcore.models.device import CPU, machine
 from kdcore_cli.terminal import console
 from tests.cli.conftest import Kdcore
 from tests.tiny.tiny_chat_models import saved, tiny_model

@@ -33,6 +33,7 @@ from kdcore.specs.bench import BenchSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_baselines.decoders.transformers_generate import Generate
 from kdcore_cli.terminal.bench_table import show_bench
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -45,7 +46,7 @@ def spec_of(folder: Path, target: Path, **changes: Any) -> BenchSpec:
     sets = {}
     for name, count in (("mats", 3), ("teachers", 2)):
         rows = [{"turns": [f"the {name} {n} sat", "and then?"]} for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{name}.jsonl", rows)
         sets[name] = {"name": "chat", "path": folder / f"{name}.jsonl"}
     asked: dict[str, Any] = {
         "job": "bench",

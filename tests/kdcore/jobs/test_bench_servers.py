@@ -17,6 +17,7 @@ from kdcore.specs.bench import BenchSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli.terminal.bench_table import show_bench
 from tests.fixtures.apps.endpoint_app import Endpoint, served
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -33,7 +34,7 @@ def server(target: Path) -> Iterator[Endpoint]:
 
 def spec_of(folder: Path, target: Path, **changes: Any) -> BenchSpec:
     rows = [{"turns": [f"the mat {n} sat"]} for n in range(3)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     asked: dict[str, Any] = {
         "job": "bench",
         "run": folder / "run",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import Evaluation, evaluate, spec_of
 from kdcore.specs.evaluate import EvaluateSpec
+from tests.fixtures.json_lines import write_lines
 from tests.kdcore.jobs.distill.test_distill import classifier_of
 from tests.kdcore.jobs.distill.test_distill import spec_of as distill_spec
 from tests.tiny.tiny_chat_models import saved, tiny_model
@@ -29,9 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     made = [{"question": f"the mat of {n}?", "answer": f"sat {n}\n#### {n}"} for n in range(5)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
+    return write_lines(tmp_path / "rows.jsonl", made)
 
 
 def measured(**fields: Any) -> Evaluation:

@@ -18,6 +18,7 @@ from kdcore.models.assembly import Assembly
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.reading.file import read_spec
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -32,7 +33,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def asked(tmp_path: Path, teacher: Path) -> dict[str, Any]:
     rows = [{"prompt": f"the mat of {n}?", "response": "mine"} for n in range(ROWS)]
-    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows", rows)
     return {
         "job": "generate-data",
         "run": str(tmp_path / "run"),

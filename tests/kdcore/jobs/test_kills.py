@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 
 from kdcore.specs.reading import plain_yaml
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.killed import Ended
 from tests.fixtures.processes.killed import ended as run_to_its_end
+from tests.tiny.distill_specs import chat
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 KILLS = int(os.environ.get("KDCORE_KILLS", "1"))
@@ -194,8 +196,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared.mkdir()
     saved(tiny_model(), shared / "teacher")
     for name, numbers in (("rows", range(9)), ("heldout", range(20, 22))):
-        rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in numbers]
-        (shared / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [chat(n) for n in numbers]
+        write_lines(shared / f"{name}.jsonl", rows)
     return home
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from kdcore.jobs.preflight.report import Report
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.reading.file import placed, read_spec
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"the mat {i}", "response": "for the teacher" * (1 + i % 3)} for i in range(6)]
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, its data, and a spec that names them."""
     home = tmp_path_factory.mktemp("preflight")
     saved(tiny_model(), home / "teacher")
-    (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_lines(home / "train.jsonl", ROWS)
     (home / "spec.yaml").write_text(
         f"""
 job: distill
@@ -202,7 +202,7 @@ def test_a_run_of_hours_without_checkpoints_is_told(
 
 def test_heldout_rows_that_are_trained_on_are_told(folder: Path, tmp_path: Path) -> None:
     rows = [ROWS[0], ROWS[1], {"prompt": ROWS[2]["prompt"], "response": "another"}]
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "held.jsonl", rows)
     named = f"data.heldout={{name: chat, path: {tmp_path / 'held.jsonl'}}}"
     (said,) = told(folder, named)
     assert said.startswith("2 of 3 held-out rows are also in data.train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from kdcore.models.facts import end_ids, token_texts
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.parts.fields import SpecModel
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 
@@ -57,7 +57,7 @@ TOO_LONG = r"rows\.jsonl:2 has \d+ tokens, but the context of \S+ is 512\nset da
 def rows(tmp_path: Path) -> dict[str, Any]:
     lines = [{"prompt": f"the mat of {n}?", "response": "sat"} for n in range(ROWS)]
     lines[1]["response"] = "sat 1 " * 300
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "rows.jsonl", lines)
     return {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
 
 

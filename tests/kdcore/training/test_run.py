@@ -18,6 +18,7 @@ from kdcore.runs.inputs import OtherInput
 from kdcore.specs.compare import CompareSpec, changed
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.train_drafter import TrainedSpec
+from tests.fixtures.json_lines import write_lines
 from tests.kdcore.runs.test_inputs import InterruptedAfter
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved(tiny_model(seed=seed), folder / name)
     for name, word in (("train", "mat"), ("heldout", "student"), ("validation", "target")):
         rows = [{"prompt": f"the {word} {n}?", "response": f"the teacher sat {n}"} for n in (1, 2)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 4 * rows))
+        write_lines(folder / f"{name}.jsonl", 4 * rows)
     return folder
 
 

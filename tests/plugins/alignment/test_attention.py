@@ -23,11 +23,11 @@ from transformers import (
 from kdcore.data.batching.packing import Packing
 from kdcore.data.rows import collate
 from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, sum_of_maps
-from kdcore.method.logits import MovedLogits
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.method.records import LOG_ZERO, Batch, Row, StateSizes
 from kdcore.testing import MatcherSuite
+from kdcore.training.method import objective_of
+from kdcore.training.model_view import MovedLogits
 from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.trainer.matching import matched_by
 from kdcore.training.views import StudentView
@@ -118,7 +118,7 @@ def compared(
         for m in (student, teacher)
     ]
     matcher.bind(*sizes)
-    objective = Objective.build(
+    objective = objective_of(
         gates or {},
         [],
         lambda *_: None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from kdcore.jobs.preflight.distill import preflight
 from kdcore.models.attention import refuse_unwatched
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import DistillSpec
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.distill_specs import distill_spec, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -79,9 +79,7 @@ def test_packing_changes_no_loss(folder: Path, tmp_path: Path) -> None:
     for packing in (False, True):
         training = {"steps": 1, "batch_size": 4, "accumulation": 1, "packing": packing}
         spec = asked(folder, tmp_path / str(packing), training=training, data={"max_length": 128})
-        (tmp_path / str(packing) / "rows.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        write_lines(tmp_path / str(packing) / "rows.jsonl", rows)
         found.append(logged(distill(spec), "term/attention")[0])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 

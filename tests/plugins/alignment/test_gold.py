@@ -14,6 +14,7 @@ from kdcore.errors import UserError
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.objective import Objective
 from kdcore.testing.method.batches import example
+from kdcore.training.method import objective_of
 from kdcore_alignment import Gold
 from kdcore_baselines import forward_kl, jsd, total_variation
 from tests.plugins.alignment.test_uld import Pair, learned, pair, spans_of
@@ -24,7 +25,7 @@ OURS, THEIRS = tiny_tokenizer(text=OTHER_TEXT, size=276), tiny_tokenizer()
 
 
 def objective(gold: Gold, beta: float = 0.5, **rest: Any) -> Objective:
-    made = Objective.build(
+    made = objective_of(
         {},
         [gold],
         jsd(beta=beta),
@@ -113,8 +114,8 @@ def test_equal_models_have_no_loss() -> None:
 def test_of_equal_vocabularies_it_is_the_divergence() -> None:
     """Unbound, as within a loop of one's own, where both models have one tokenizer."""
     batch, gate = example(), torch.ones(example().mask.shape)
-    one = Objective.build({}, [Gold()], jsd(beta=0.5), {}).terms(batch, gate)
-    plain = Objective.build({}, [], jsd(beta=0.5), {}).terms(batch, gate)
+    one = objective_of({}, [Gold()], jsd(beta=0.5), {}).terms(batch, gate)
+    plain = objective_of({}, [], jsd(beta=0.5), {}).terms(batch, gate)
     torch.testing.assert_close(one["shared"], plain["kd"])
     assert not one["own"].any()
 
@@ -124,7 +125,7 @@ def test_what_one_model_has_alone_is_compared_as_uld_does() -> None:
     last = batch.teacher.shape[-1] - 1
     gold = Gold(adaptive=False)
     gold.bind([*range(last), "end"], [*(-1 - n for n in range(last)), "end"])
-    own = Objective.build({}, [gold], total_variation(), {}).terms(batch, gate)["own"]
+    own = objective_of({}, [gold], total_variation(), {}).terms(batch, gate)["own"]
     sides = (each.detach().softmax(-1)[..., :last] for each in (batch.student, batch.teacher))
     first, second = (each.sort(-1).values for each in sides)
     torch.testing.assert_close(own.detach(), (first - second).abs().sum(-1) / 2)
@@ -149,6 +150,6 @@ def test_what_gold_cannot_compare_is_refused() -> None:
     with pytest.raises(UserError, match="there are none"):
         Gold().bind([b"a"], [b"b"])
     with pytest.raises(UserError, match="an earlier splitter has cut"):
-        Objective.build({}, [Gold(), Gold()], forward_kl(), {})
+        objective_of({}, [Gold(), Gold()], forward_kl(), {})
     with pytest.raises(UserError, match="names unknown part 'onw'"):
-        Objective.build({}, [Gold()], forward_kl(), {}, part_divergences={"onw": forward_kl()})
+        objective_of({}, [Gold()], forward_kl(), {}, part_divergences={"onw": forward_kl()})

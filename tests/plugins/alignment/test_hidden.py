@@ -18,16 +18,18 @@ from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.method.records import StateSizes
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
+from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.trainer.matching import matched_by
 from kdcore.training.views import StudentView
 from kdcore_alignment import Hidden
+from tests.fixtures.json_lines import write_lines
 from tests.plugins.alignment.test_uld import Pair, model, pair
+from tests.tiny.distill_specs import chat
 from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
 
@@ -57,7 +59,7 @@ def test_a_run_compares_the_hidden_states_that_transformers_returns(same_tokeniz
     torch.manual_seed(1)
     matcher = Hidden(pairs=[(0, 0), (1, 2), (-1, -1)])
     matcher.bind(StateSizes(2, 16), StateSizes(2, 24))
-    objective = Objective.build(
+    objective = objective_of(
         {}, [], lambda *_: None, {"kd": 0, "hidden": 0.5}, matchers={"hidden": matcher}
     )
     weights = [*made.student.parameters(), *matcher.parameters()]
@@ -108,8 +110,8 @@ def by_hand(made: Pair, matcher: Any) -> Tensor:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A student of another tokenizer and another width, learning in every way there is."""
     folder = tmp_path_factory.mktemp("asked")
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [chat(n) for n in range(8)]
+    write_lines(folder / "rows.jsonl", rows)
     tokenizer = tiny_tokenizer(text=OTHER_TEXT, size=276)
     model(len(tokenizer), 24, 3).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")

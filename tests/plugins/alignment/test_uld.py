@@ -14,11 +14,11 @@ from kdcore.data.alignment.paired_rows import PairedRows, PairedSource
 from kdcore.data.alignment.spans import AlignedRow, Span
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.rows import RowDataset, batch_of, collate, padding
-from kdcore.method.aligned import ALIGNED
+from kdcore.method.logits import ALIGNED
 from kdcore.method.loss_engine import LossEngine, StepLoss
-from kdcore.method.objective import Objective
 from kdcore.method.records import Batch
 from kdcore.testing.method.batches import example
+from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import AlignedTeacher, LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_alignment import ULD
@@ -76,7 +76,7 @@ def pair(alignment: Any, *, same_tokenizer: bool = False, same_model: bool = Fal
 
 
 def loss(pair: Pair, merge: str, chunk: int = 512, *, tau: float = 1.0, **method: Any) -> StepLoss:
-    objective = Objective.build(
+    objective = objective_of(
         method.pop("gates", {}),
         [ULD(merge=merge)],
         method.pop("divergence", None) or total_variation(),
@@ -195,7 +195,7 @@ def test_the_order_of_the_classes_does_not_matter() -> None:
     batch = example()
     order = torch.randperm(batch.teacher.shape[-1], generator=torch.Generator().manual_seed(3))
     moved = replace(batch, teacher=batch.teacher[..., order])
-    ours = Objective.build({}, [ULD()], total_variation(), {})
+    ours = objective_of({}, [ULD()], total_variation(), {})
     gate = torch.ones_like(batch.labels, dtype=torch.float32)
     one, other = (ours.terms(each, gate)["kd"] for each in (batch, moved))
     torch.testing.assert_close(one, other)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
-from kdcore.method.objective import Objective
 from kdcore.method.records import Batch, LogitBatch, SampledTokens
 from kdcore.testing.method.advantage import LENGTHS, AdvantageSuite
+from kdcore.training.method import objective_of
 from tests.plugins.logit_batches import build, random_logits
 from tests.reference import minillm as reference
 
@@ -63,7 +63,7 @@ def step(
     rest: of the objective, and the advantage's params as ``params``.
     """
     params, classes = rest.pop("params", {}), student.shape[-1]
-    made = Objective.build(
+    made = objective_of(
         rest.pop("gates", {}),
         [],
         build("divergence", "reverse_kl"),
@@ -216,7 +216,7 @@ def test_a_student_that_equals_its_teacher_learns_nothing() -> None:
 
 def test_an_advantage_of_the_wrong_shape_is_refused() -> None:
     student, teacher, labels, mask = responses()
-    made = Objective.build(
+    made = objective_of(
         {}, [], build("divergence", "reverse_kl"), {}, advantage=lambda tokens: tokens.student[0]
     )
     batch = Batch({}, labels, mask, torch.arange(3), sampled=True)

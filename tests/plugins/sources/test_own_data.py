@@ -25,6 +25,7 @@ from kdcore.specs.reading.file import parse_spec
 from kdcore_baselines.sources.components import ChatParams
 from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.files import ChatSource
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 NO_CONTEXT: Any = None
@@ -164,7 +165,7 @@ def test_fields_are_recognised_by_names_and_contents(
     row: Mapping[str, Any], params: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = [{k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()} for n in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     assert ChatSource.recognise(tmp_path / "rows.jsonl") == params
 
 
@@ -215,7 +216,7 @@ def test_what_nobody_can_read_is_refused_with_its_fields(tmp_path: Path) -> None
 def test_rows_that_are_no_conversations_are_refused(
     rows: list[dict[str, Any]], cause: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError) as raised:
         made("rows.jsonl", tmp_path)
     assert cause in raised.value.cause
@@ -238,7 +239,7 @@ def test_parts_do_not_overlap_and_depend_on_what_is_asked(tmp_path: Path) -> Non
 
     def prompts(*part: float) -> set[str]:
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(path, rows)
         found = ChatSource(ChatParams(path=path, part=part), NO_CONTEXT).read()
         kept = [row["prompt"] for row in rows if row["prompt"] in {turns(c)[0][1] for c in found}]
         assert [turns(each)[0][1] for each in found] == kept  # in the order of the file
@@ -334,7 +335,7 @@ def test_sharegpt_rows_are_tidied_and_what_is_left_out_is_told(
 @pytest.mark.parametrize("different", [2, 3, 4, 7, 9, 10, 12, 40])
 def test_few_prompts_have_both_parts(different: int, tmp_path: Path) -> None:
     rows = [{"prompt": f"ask {n % different}", "response": f"answer {n}"} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     found, said = made("rows.jsonl", tmp_path)
     train, heldout = read(found.data.train), read(found.data.heldout)
     assert len(train) + len(heldout) == 40 and len(train) > len(heldout) - 1
@@ -346,12 +347,12 @@ def test_few_prompts_have_both_parts(different: int, tmp_path: Path) -> None:
 
 def test_one_prompt_has_no_part_to_hold_out(tmp_path: Path) -> None:
     rows = [{"prompt": "ask", "response": f"answer {n}"} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     found, said = made("rows.jsonl", tmp_path)
     assert found.data.heldout is None
     assert "nothing is held out: all conversations ask the same" in said
     rows += [{"prompt": "another", "response": "answer"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError) as raised:
         ChatSource(ChatParams(path=tmp_path / "rows.jsonl", part=(0.9, 1)), NO_CONTEXT).read()
     assert "its 41 conversations have 2 different prompts" in raised.value.cause
@@ -390,7 +391,7 @@ def test_roles_that_occur_late_or_say_nothing(tmp_path: Path, form: str) -> None
             {"chat": n, "wer": who, "was": said} for n, c in enumerate(chats) for who, said in c
         ]
         lines.append({"chat": None, "wer": None, "was": None})
-    (tmp_path / "late.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    write_lines(tmp_path / "late.jsonl", lines)
     found, told = made("late.jsonl", tmp_path)
     assert found.data.train.params.roles == {
         "Kunde": "user", "Hilfe": "assistant", "VIP-Kunde": "user"

@@ -23,6 +23,7 @@ from kdcore_baselines.sources import json_lines as reading
 from kdcore_baselines.sources.components import ChatParams, LabelledTextParams
 from kdcore_baselines.sources.files import ChatSource
 from kdcore_baselines.sources.labelled import LabelledTextSource
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
@@ -67,7 +68,7 @@ def several(*sources: dict[str, Any]) -> Any:
 def test_several_sources_are_read_one_after_the_other_and_ids_stay_apart(tmp_path: Path) -> None:
     for name, count in (("a", 2), ("b", 3)):
         rows = [{"id": f"row-{n}", "prompt": f"{name}{n}"} for n in range(count)]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / name, rows)
     source = several(*({"name": "chat", "path": tmp_path / name} for name in "ab"))
     found = {each.id: each.messages[0].content for each in source.read()}
     assert found == {

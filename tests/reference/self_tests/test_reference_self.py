@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import divergences, gates, reduction
+from tests.reference import divergences, gates, positions
 from tests.reference.finite_differences import gradient
 from tests.reference.positions import per_position
 from tests.reference.softmax import entropy, log_softmax, softmax
@@ -260,9 +260,9 @@ def test_gated_loss_is_linear_in_beta_and_ungated_at_one(batch):
     accepted = gates.speckd_greedy(student, teacher, 2)
 
     def loss(beta: float) -> float:
-        return reduction.sequence_mean(values, gates.floored(accepted, beta), mask)
+        return positions.sequence_mean(values, gates.floored(accepted, beta), mask)
 
-    ungated = reduction.sequence_mean(values, np.ones_like(values), mask)
+    ungated = positions.sequence_mean(values, np.ones_like(values), mask)
     assert loss(1.0) == ungated
     assert loss(0.3) == pytest.approx(0.3 * ungated + 0.7 * loss(0.0))
     assert 0 < loss(0.0) < ungated
@@ -323,16 +323,16 @@ def test_reductions_by_hand():
     values = np.array([[1.0, 2.0, 4.0], [8.0, 100.0, 100.0], [100.0, 100.0, 100.0]])
     weights = np.array([[1.0, 0.0, 1.0], [0.5, 1.0, 1.0], [1.0, 1.0, 1.0]])
     mask = np.array([[True, True, True], [True, False, False], [False, False, False]])
-    assert reduction.sequence_mean(values, weights, mask) == pytest.approx((5 / 3 + 4) / 2)
-    assert reduction.token_mean(values, weights, mask) == pytest.approx(9 / 4)
-    assert reduction.accepted_mean(values, weights, mask) == pytest.approx((5 / 2 + 8) / 2)
+    assert positions.sequence_mean(values, weights, mask) == pytest.approx((5 / 3 + 4) / 2)
+    assert positions.token_mean(values, weights, mask) == pytest.approx(9 / 4)
+    assert positions.accepted_mean(values, weights, mask) == pytest.approx((5 / 2 + 8) / 2)
     weights[1, 0] = 0
-    assert reduction.accepted_mean(values, weights, mask) == pytest.approx((5 / 2 + 0) / 2)
+    assert positions.accepted_mean(values, weights, mask) == pytest.approx((5 / 2 + 0) / 2)
     assert gates.token_acceptance_rate(weights > 0, mask) == pytest.approx((2 / 3 + 0) / 2)
 
 
 @pytest.mark.parametrize(
-    "reduce", [reduction.sequence_mean, reduction.token_mean, reduction.accepted_mean]
+    "reduce", [positions.sequence_mean, positions.token_mean, positions.accepted_mean]
 )
 def test_padding_changes_no_reduction(reduce, random):
     values, weights = random.random(size=(2, 3, 4))

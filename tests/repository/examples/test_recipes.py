@@ -30,7 +30,8 @@ from kdcore_cli.terminal import console
 from tests.fixtures.pages import ROOT
 from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_tokenizer
 
-RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+FOLDER = ROOT / "examples/recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 INTENTS = [f"intent {n:02}" for n in range(77)]
 FINE = [f"thing {n:02}" for n in range(100)]
 TEACHER = "runs/recipes/banking77-teacher/model"
@@ -111,10 +112,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def project(folder: Path, recipe: str) -> None:
-    """Write the recipes, their data, and the models that a recipe names into a folder."""
-    recipes, intents = folder / "examples/recipes", folder / "public/intent"
-    shutil.copytree(ROOT / "examples/recipes", recipes)
+def project(folder: Path, place: Path) -> None:
+    """Write the recipes, the data and the models that one of them names into a folder."""
+    recipe = (ROOT / place).read_text()
+    recipes, intents = (folder / place).parent, folder / "public/intent"
+    shutil.copytree(FOLDER, folder / "examples/recipes")
     (recipes / "data").mkdir()
     said = [{"from": "human", "value": "the mat?"}, {"from": "gpt", "value": "sat"}]
     rows = json.dumps({"conversations": said}) + "\n"
@@ -155,7 +157,8 @@ def test_a_recipe_passes_the_check(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    project(tmp_path, recipe.read_text())
+    place = recipe.relative_to(ROOT)
+    project(tmp_path, place)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDCORE_DATA", str(tmp_path / "public"))
     for module in (estimates, train_drafter):  # a product of these sizes takes a minute on a CPU
@@ -163,7 +166,6 @@ def test_a_recipe_passes_the_check(
     monkeypatch.setattr(loading, "refuse_unusable_weights", lambda *_: None)  # there are none
     console.out.cache_clear()  # pytest's capture has replaced the streams
     console.err.cache_clear()
-    place = recipe.relative_to(ROOT)
     assert f"#   kdcore check {place}\n" in recipe.read_text()
     assert main.run(["check", str(place)]) == 0, capsys.readouterr().err
 
@@ -173,4 +175,4 @@ def test_a_recipe_says_whose_it_is_what_it_needs_and_that_nobody_ran_it(recipe: 
     head = re.match(r"(?:#.*\n)+", recipe.read_text())
     for said in ("kdcore's", "Hardware: ", "(?i)not run by us", "paper's|published"):
         assert head and re.search(said, head[0]), f"{recipe.name} does not say {said}"
-    assert f"`{recipe.name}`" in (recipe.parent / "README.md").read_text()
+    assert f"`{recipe.relative_to(FOLDER)}`" in (FOLDER / "README.md").read_text()

@@ -15,7 +15,7 @@ BATCH = 256
 
 
 class SplitStream:
-    """The examples of a streamed split; see `kdcore.method.protocols.ExampleStream`.
+    """The examples of a streamed split; see `kdcore.data.source.ExampleStream`.
 
     A state has the number of the rows before a batch of the data, the state of the data there, and
     how many rows of the batch were given.

@@ -119,13 +119,13 @@ class Normalised:
         return cls(tuple(mean), tuple(std))
 
     def shrink(self, row: Row) -> Row:
-        """See `kdcore.method.protocols.Compact`."""
+        """See `kdcore.data.source.Compact`."""
         mean, std = self._tensors()
         values = ((row.inputs["pixel_values"] * std + mean) * 255).round().to(torch.uint8)
         return replace(row, inputs={**row.inputs, "pixel_values": values})
 
     def restore(self, row: Row) -> Row:
-        """See `kdcore.method.protocols.Compact`."""
+        """See `kdcore.data.source.Compact`."""
         pixels = self.restored(row.inputs["pixel_values"])
         return replace(row, inputs={**row.inputs, "pixel_values": pixels})
 

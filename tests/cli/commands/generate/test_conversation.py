@@ -20,6 +20,7 @@ from kdcore.models.loading.loaded import LoadedModel
 from kdcore_cli.terminal.answer_text import AnswerText
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import tiny_tokenizer
 
 
@@ -97,7 +98,7 @@ def test_samples_are_numbered_differ_and_follow_the_seed(
     assert len(set(sampled[2::2])) == 3 and "tau" in said.err
 
     rows = [{"id": "two turns", "turns": ["the mat", "and then?"]}, {"prompt": "the teacher"}]
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("prompts.jsonl"), rows)
     said, again = (generate("--file", "prompts.jsonl", *words, "1") for _ in range(2))
     assert said.out == again.out
     found = [json.loads(line) for line in said.out.splitlines()]

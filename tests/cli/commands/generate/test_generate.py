@@ -27,6 +27,7 @@ from kdcore.specs.parts.fields import ModelSpec
 from kdcore_cli import main
 from tests.cli.commands.generate.conftest import Generate
 from tests.cli.commands.generate.reference_answers import LENGTH, reference
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
@@ -159,7 +160,7 @@ def test_raw_text_from_a_pipe_is_gone_on_from(
 def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
     generate: Generate, target: tuple[LoadedModel, Path], size: str
 ) -> None:
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_lines(Path("prompts.jsonl"), ROWS)
     options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--batch-size", size]
     said = generate(*options, "--max-new-tokens", str(LENGTH), "--drafter", "ngram")
     assert said.code == 0, said.err
@@ -179,7 +180,7 @@ def test_a_file_is_answered_turn_by_turn_whatever_the_batch(
 def test_a_file_of_answers_that_is_interrupted_is_told_or_not_left(
     generate: Generate, monkeypatch: pytest.MonkeyPatch, answered: int
 ) -> None:
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_lines(Path("prompts.jsonl"), ROWS)
     options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
     plain_answer, answers = DecoderAnswers.answer, iter(range(answered))
 
@@ -223,7 +224,7 @@ sys.exit(run(sys.argv[1:]))
 def test_a_kill_leaves_whole_answers_beside_and_the_same_command_does_not_touch_them(
     generate: Generate, target: tuple[LoadedModel, Path]
 ) -> None:
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_lines(Path("prompts.jsonl"), ROWS)
     options = ["--file", "prompts.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2"]
     killed = python("-c", KILLED, "generate", target[1], *options)
     assert killed.returncode == -signal.SIGKILL
@@ -253,7 +254,7 @@ def test_a_file_too_long_for_the_context_is_refused_before_anything_is_written(
     generate: Generate,
 ) -> None:
     rows = [{"prompt": "the mat"}, {"id": "endless", "prompt": "mat " * 600}]
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("prompts.jsonl"), rows)
     said = generate("--file", "prompts.jsonl", "--out", "answers.jsonl")
     assert said.code == 2
     assert "endless has" in said.err and "the context of the model is 512" in said.err
@@ -273,7 +274,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         if len(prompt_ids(_asked(words := "mat" * n), target[0].tokenizer)) == 512 - 3
     )
     rows = [{"prompt": "the mat"}, {"prompt": long}]
-    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("prompts.jsonl"), rows)
     said = generate("--file", "prompts.jsonl", "--batch-size", "2", "--max-new-tokens", "12")
     first, second = map(json.loads, said.out.splitlines())
     assert first["messages"][-1]["content"] == reference(target[0], "the mat", marks=True)[0]

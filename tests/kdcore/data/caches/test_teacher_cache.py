@@ -32,8 +32,10 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.method import build_objective
 from kdcore.training.teachers.kinds import CachedClasses
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
 from tests.kdcore.data.caches.shards import shards
+from tests.tiny.distill_specs import chat
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 V = 290
@@ -46,8 +48,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(path: Path, numbers: range) -> Path:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in numbers]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [chat(n) for n in numbers]
+    write_lines(path, rows)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +10,16 @@ import pytest
 
 from kdcore_cli import main
 from kdcore_cli.terminal import console
+from tests.fixtures.json_lines import write_lines
+from tests.tiny.distill_specs import chat
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 @pytest.fixture(scope="module")
 def base(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("base")
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [chat(n) for n in range(8)]
+    write_lines(folder / "rows.jsonl", rows)
     source = {"name": "chat", "path": str(folder / "rows.jsonl")}
     return {
         "teacher": {"model": str(saved(tiny_model(), folder / "teacher"))},

@@ -20,6 +20,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
 from kdcore.runs.results import Metric, TrainingResults
 from kdcore.specs.jobs import JOBS
+from tests.fixtures.json_lines import write_lines
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec, shown
 
 
@@ -91,7 +92,7 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
 ) -> None:
     """In the mean of its trials; also where every point of an arm fails."""
     other = [{"prompt": f"the student of {n}?", "response": f"sat on {n}"} for n in range(4)]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    write_lines(tmp_path / "other.jsonl", other)
     arms = {"kd": {}, "adamless": {"training": {"optimizer": "sgd"}}, "torn": {"student": TORN}}
     file = asked(
         tmp_path,

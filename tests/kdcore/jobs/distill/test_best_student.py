@@ -18,6 +18,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.training.trainer.figures import StopWithoutGain
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
@@ -28,7 +29,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(path: Path, words: str, count: int) -> dict[str, Any]:
     made = [{"prompt": f"{words} {n}?", "response": f"sat {n}"} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    write_lines(path, made)
     return {"name": "chat", "path": str(path)}
 
 

@@ -23,6 +23,8 @@ from kdcore.models.loading.loaded import LoadedModel
 from kdcore.reporting.page import report
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec
+from tests.fixtures.json_lines import write_lines
+from tests.tiny.distill_specs import CHATS
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
 
@@ -33,10 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path / "rows.jsonl", CHATS)
 
 
 def spec_of(folder: Path, teacher: Path, data: dict[str, Any], **changes: Any) -> DistillSpec:

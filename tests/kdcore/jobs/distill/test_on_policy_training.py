@@ -15,8 +15,10 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import DraftDataSpec
+from tests.fixtures.json_lines import write_lines
 from tests.kdcore.jobs.distill.test_distill import classifier_of
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, Watched, trainer, weights
+from tests.tiny.distill_specs import CHATS
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 KEYS = ("on_policy/rows", "on_policy/tokens", "on_policy/replaced")
@@ -164,9 +166,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(tmp_path: Path, teacher: Path) -> dict[str, Any]:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, CHATS)
     return {
         "run": tmp_path / "run",
         "teacher": {"model": str(teacher)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kdcore.models.loading.adapters import merged, with_adapters
 from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec, LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
+from tests.fixtures.json_lines import write_lines
 from tests.kdcore.models.loading.test_adapters import randomised
 from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import saved, tiny_model
@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(tiny_model(), home / "teacher")
     saved(tiny_model(seed=1), home / "student")
     rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(4)]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(home / "rows.jsonl", rows)
     return home
 
 

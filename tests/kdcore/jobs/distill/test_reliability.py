@@ -20,15 +20,16 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.trainer import checkpoint as checkpoint_state
 from tests.fixtures.interrupted import interrupted_after
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
+from tests.tiny.distill_specs import CHATS
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("asked")
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", CHATS)
     return {
         "job": "distill",
         "teacher": {"model": str(saved(tiny_model(), folder / "teacher"))},

@@ -35,6 +35,7 @@ from tests.fixtures.processes.two_processes import (
 )
 from tests.kdcore.models.loading.test_adapters import randomised
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer
+from tests.tiny.distill_specs import chats_in
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 SPECKD: dict[str, Any] = {"gates": ["speckd"]}
@@ -49,6 +50,43 @@ GREEDY = {"policy": "interleaved", "top_k": 3, "probability": 0.6, "temperature"
 SAMPLED = {"on_policy": GREEDY, "optim": "sgd"}
 """Without chance, what a row's response is does not depend on who samples it. Plain descent,
 here and below, since adamw makes as much of a gradient that is all rounding as of any."""
+DESCENT = {"batch_size": 1, "save_every": 2, "optimizer": "sgd", "momentum": 0, "clip": 0}
+SEVERAL_MOMENTA: dict[str, Any] = {
+    "splitters": ["deepkd"],
+    "momentum": "deepkd",
+    "terms": {"task": 1},
+}
+
+
+def short_spec(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A spec whose run, ``alone``, distils a tiny teacher into two of its layers on eight rows."""
+    teacher = saved(tiny_model(), folder / "teacher")
+    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
+    source = chats_in(folder, rows)
+    return {
+        "job": "distill",
+        "run": str(folder / "alone"),
+        "teacher": {"model": str(teacher)},
+        "student": {"model": "teacher", "layers": [0, 2]},
+        "data": {"train": source, "heldout": source},
+        "evaluation": {"samples": 1, "sample_tokens": 3},
+        **fields,
+    }
+
+
+def words(folder: Path, spec: dict[str, Any], name: str) -> list[str]:
+    """The command that runs a spec, which it writes, in the run folder of a name."""
+    (folder / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
+    return ["distill", str(folder / "spec.yaml"), "--out", str(folder / name)]
+
+
+def killed_and_resumed(folder: Path, command: list[str]) -> None:
+    """Run a command in two processes, which are killed in the third step, and resume it."""
+    in_two_processes(folder, run_sharded, command, 3, ends=-signal.SIGKILL)
+    killed = Path(command[-1])
+    assert Run(killed).status == "running"
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
+    in_two_processes(folder, run_sharded, [*command, "--resume"])
 
 
 @pytest.mark.parametrize(
@@ -88,25 +126,12 @@ def test_two_processes_reach_the_weights_of_one(
 
 
 def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) -> None:
-    teacher = saved(tiny_model(), tmp_path / "teacher")
-    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
-    spec: dict[str, Any] = {
-        "job": "distill",
-        "run": str(tmp_path / "run"),
-        "teacher": {"model": str(teacher), "device": "sharded"},
-        "student": {"model": str(teacher), "layers": [0, 2]},
-        "data": {"train": source, "heldout": source},
-        "training": {"batch_size": 2, "save_every": 1},
-        "evaluation": {"samples": 1, "sample_tokens": 3},
-    }
-    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
-    command = ["distill", str(tmp_path / "spec.yaml")]
-    said = in_two_processes(tmp_path, run_with_a_sharded_teacher, command)
+    spec = short_spec(tmp_path, training={"batch_size": 4, "save_every": 1})
+    spec["student"]["model"] = spec["teacher"]["model"]
+    alone = distill(DistillSpec.model_validate(spec))
+    spec["teacher"]["device"], spec["training"]["batch_size"] = "sharded", 2
+    said = in_two_processes(tmp_path, run_with_a_sharded_teacher, words(tmp_path, spec, "run"))
     assert "".join(said).count("student:") == 1
-    spec["run"], spec["training"]["batch_size"] = str(tmp_path / "alone"), 4
-    alone = distill(DistillSpec.model_validate(spec | {"teacher": {"model": str(teacher)}}))
     together, whole = (losses(Path(folder)) for folder in (tmp_path / "run", alone.folder))
     assert together.keys() == {1, 2}
     assert together == pytest.approx(whole, rel=1e-4)
@@ -119,34 +144,12 @@ def test_the_command_line_shards_the_teacher_over_two_processes(tmp_path: Path) 
 
 def test_a_sharded_run_that_was_killed_resumes_on_the_command_line(tmp_path: Path) -> None:
     """Of a student with several momenta, measured before and after as one process does."""
-    teacher = saved(tiny_model(), tmp_path / "teacher")
-    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
-    training = {"batch_size": 1, "save_every": 2, "optimizer": "sgd", "momentum": 0, "clip": 0}
-    method = {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}}
-    spec: dict[str, Any] = {
-        "job": "distill",
-        "run": str(tmp_path / "alone"),
-        "teacher": {"model": str(teacher)},
-        "student": {"model": "teacher", "layers": [0, 2]},
-        "data": {"train": source, "heldout": source},
-        "method": method,
-        "training": training | {"batch_size": 2},
-        "evaluation": {"samples": 1, "sample_tokens": 3, "before": True},
-    }
+    spec = short_spec(tmp_path, method=SEVERAL_MOMENTA, training=DESCENT | {"batch_size": 2})
+    spec["evaluation"]["before"] = True
     alone = distill(DistillSpec.model_validate(spec))
-    spec["training"] = training | {"trainer": FSDP2}
-    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
-
-    def words(name: str) -> list[str]:
-        return ["distill", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name)]
-
-    in_two_processes(tmp_path, run_sharded, words("whole"))
-    in_two_processes(tmp_path, run_sharded, words("killed"), 3, ends=-signal.SIGKILL)
-    assert Run(tmp_path / "killed").status == "running"
-    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
-    in_two_processes(tmp_path, run_sharded, [*words("killed"), "--resume"])
+    spec["training"] = DESCENT | {"trainer": FSDP2}
+    in_two_processes(tmp_path, run_sharded, words(tmp_path, spec, "whole"))
+    killed_and_resumed(tmp_path, words(tmp_path, spec, "killed"))
     weights = [load_file(tmp_path / f"{n}/model/model.safetensors") for n in ("whole", "killed")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     results = [Run(tmp_path / n).read_json("results.json") for n in ("whole", "killed", "alone")]
@@ -164,7 +167,7 @@ def test_a_sharded_run_that_was_killed_resumes_on_the_command_line(tmp_path: Pat
         ("all-linear", {}),
         (
             ["embed_tokens", "v_proj"],  # of embeddings that share their weights with the head
-            {"splitters": ["deepkd"], "momentum": "deepkd", "terms": {"task": 1}},
+            SEVERAL_MOMENTA,
         ),
     ],
     ids=["one momentum", "tied, several momenta"],
@@ -173,36 +176,15 @@ def test_adapters_on_a_sharded_student_are_those_of_one_process(
     tmp_path: Path, targets: Any, method: dict[str, Any]
 ) -> None:
     """To the bit where the run was killed and resumed, which is tried with several momenta."""
-    teacher = saved(tiny_model(), tmp_path / "teacher")
-    rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"name": "chat", "path": str(tmp_path / "rows.jsonl")}
-    training = {"batch_size": 1, "save_every": 2, "learning_rate": 1e-2, "optimizer": "sgd"}
-    training |= {"momentum": 0, "clip": 0}
-    lora = {"r": 2, "targets": targets}
-    spec: dict[str, Any] = {
-        "job": "distill",
-        "run": str(tmp_path / "alone"),
-        "teacher": {"model": str(teacher)},
-        "student": {"model": "teacher", "layers": [0, 2], "lora": lora},
-        "data": {"train": source, "heldout": source},
-        "method": method,
-        "training": training | {"batch_size": 2},
-        "evaluation": {"samples": 1, "sample_tokens": 3},
-    }
+    training = DESCENT | {"learning_rate": 1e-2}
+    spec = short_spec(tmp_path, method=method, training=training | {"batch_size": 2})
+    spec["student"]["lora"] = {"r": 2, "targets": targets}
     alone = distill(DistillSpec.model_validate(spec))
     spec["training"] = training | {"trainer": FSDP2}
-    (tmp_path / "spec.yaml").write_text(json.dumps(spec))  # JSON is YAML
-
-    def words(name: str) -> list[str]:
-        return ["distill", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name)]
-
-    in_two_processes(tmp_path, run_sharded, words("whole"))
-    again = "whole"
+    in_two_processes(tmp_path, run_sharded, words(tmp_path, spec, "whole"))
+    again = "killed" if method else "whole"
     if method:
-        again = "killed"
-        in_two_processes(tmp_path, run_sharded, words(again), 3, ends=-signal.SIGKILL)
-        in_two_processes(tmp_path, run_sharded, [*words(again), "--resume"])
+        killed_and_resumed(tmp_path, words(tmp_path, spec, again))
     checkpoint = load_file(tmp_path / "whole/checkpoint-4/weights-0-of-2.safetensors")
     assert checkpoint and all("lora_" in name for name in checkpoint), "the rest does not change"
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):

@@ -29,13 +29,14 @@ from kdcore.specs.parts.training import TrainingSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore_baselines.sources.hub import streams
 from tests.fixtures.interrupted import interrupted_after
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
 from tests.plugins.sources.test_hub_datasets import source
-from tests.tiny.distill_specs import logged
+from tests.tiny.distill_specs import chat, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
-CHATS = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(11)]
+CHATS = [chat(n) for n in range(11)]
 
 
 class Counted:
@@ -161,7 +162,7 @@ def test_conversations_are_read_on_from_any_place(
 
     path = tmp_path / f"rows.{format}"
     if format == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+        write_lines(path, CHATS)
     elif format == "parquet":
         Dataset.from_list(CHATS).to_parquet(path)
     else:
@@ -183,7 +184,7 @@ def test_conversations_are_read_on_from_any_place(
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("asked")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    write_lines(folder / "rows.jsonl", CHATS)
     path = str(folder / "rows.jsonl")
     return {
         "job": "distill",
@@ -243,7 +244,7 @@ def test_a_mistake_in_the_data_ends_the_training_in_one_line(
     monkeypatch.setattr(stream_windows, "FIRST", 4)
     wrong = [*CHATS[:9], {"prompt": "", "response": 3}]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    write_lines(path, wrong)
     data = {"train": asked["data"]["train"] | {"path": str(path)}}
     more = {"trainer": {"dataloader_num_workers": workers}}
     with pytest.raises(UserError, match=r"rows\.jsonl"):

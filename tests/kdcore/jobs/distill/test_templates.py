@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from kdcore.jobs.evaluate import spec_of as evaluation_of
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.runs.today import today
 from kdcore.specs.distill import DistillSpec
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> dict[str, Any]:
         {"messages": [*turns, {"role": "assistant", "content": f"it sat {n}"}]} for n in range(4)
     ]
     rows[3]["messages"][1]["mood"] = "glad"
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     (tmp_path / "dated.jinja").write_text(DATED)
     return {"train": {"name": "chat", "path": tmp_path / "rows.jsonl"}}
 

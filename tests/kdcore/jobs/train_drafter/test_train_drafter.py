@@ -25,7 +25,9 @@ from kdcore.runs.progress import Silent
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.trainer import checkpoint as checkpoint_state
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import KDCORE, Begun
+from tests.tiny.distill_specs import CHATS
 from tests.tiny.toy_drafter import registry
 
 REGISTRY = registry()
@@ -42,9 +44,8 @@ class Notes(Silent):
 
 
 def spec_of(folder: Path, target: Path, **changes: Any) -> TrainDrafterSpec:
-    rows = [{"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}"} for n in range(9)]
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, CHATS)
     source = {"name": "chat", "path": path}
     asked: dict[str, Any] = {
         "job": "train-drafter",
@@ -141,7 +142,7 @@ def test_the_best_is_chosen_on_validation_rows_and_reported_on_others(
 ) -> None:
     others = tmp_path / "others.jsonl"
     asked = [{"prompt": f"the teacher of {n}?", "response": f"the mat {n}"} for n in range(3)]
-    others.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_lines(others, asked)
     notes = Notes()
     spec = choosing(tmp_path, target, validation={"name": "chat", "path": others})
     run = train_drafter(spec, registry=REGISTRY, progress=notes)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcore.errors import UserError
-from kdcore.method.objective import Objective
-from kdcore.training.method import Method
+from kdcore.training.method import Method, objective_of, on_other_rows
 from kdcore_baselines import forward_kl
 from kdcore_deepkd import DeepKDSplitter
 from tests.kdcore.training.trainer.test_trainer import DEEPKD, trainer, weights
@@ -159,26 +158,26 @@ def test_on_sampled_steps_the_corpus_keeps_its_labels(tmp_path: Path) -> None:
 
 
 class TestTerms:
-    objective = Objective.build({}, [DeepKDSplitter()], forward_kl, {"task": 0.0})
+    objective = objective_of({}, [DeepKDSplitter()], forward_kl, {"task": 0.0})
 
     def test_a_term_that_is_not_named_has_no_weight(self) -> None:
-        assert self.objective.on_other_rows({"task": 1.0}).weights == {"task": 1.0}
-        assert self.objective.on_other_rows({"target": 2.0}).weights == {"target": 2.0}
+        assert on_other_rows(self.objective, {"task": 1.0}).weights == {"task": 1.0}
+        assert on_other_rows(self.objective, {"target": 2.0}).weights == {"target": 2.0}
 
     def test_the_task_alone_needs_no_teacher(self) -> None:
-        assert not self.objective.on_other_rows({"task": 1.0}).of_teacher
-        assert self.objective.on_other_rows({"target": 1.0}).of_teacher
+        assert not on_other_rows(self.objective, {"task": 1.0}).of_teacher
+        assert on_other_rows(self.objective, {"target": 1.0}).of_teacher
 
     @pytest.mark.parametrize("terms", [{"tusk": 1.0}, {"kd": 1.0}, {"target": 0.0}])
     def test_an_unknown_term_or_none_is_refused(self, terms: dict[str, float]) -> None:
         with pytest.raises(UserError):
-            self.objective.on_other_rows(terms)
+            on_other_rows(self.objective, terms)
 
     def test_the_momentum_policy_sees_the_terms_of_all_rows(self) -> None:
         class Each:
             def streams(self, terms: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
                 return {term: (term,) for term in terms}
 
-        others = self.objective.on_other_rows({"task": 1.0})
+        others = on_other_rows(self.objective, {"task": 1.0})
         made: Any = Each()
         assert [*Method(self.objective, made, others).streams] == ["target", "non_target", "task"]

@@ -26,7 +26,7 @@ from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.arguments import StepDecay
-from kdcore.training.method import Method, build_objective
+from kdcore.training.method import Method, build_objective, on_other_rows
 from kdcore.training.teachers.kinds import LiveTeacher, NoTeacher, OfAnyRows
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.probe import Probe
@@ -109,7 +109,7 @@ def trainer(
     if on_policy is not None:
         asked = OnPolicySpec.model_validate(on_policy)
         sampled = OnPolicy(asked, data.rows, teacher, [2], 61, positions=9)
-    others = None if auxiliary is None else objective.on_other_rows(auxiliary)
+    others = None if auxiliary is None else on_other_rows(objective, auxiliary)
     streams = Method(objective, policy, others).streams
     view, beside = StudentView(student, 61, LiveTeacher.of(teacher, 61)), None
     if others is not None:

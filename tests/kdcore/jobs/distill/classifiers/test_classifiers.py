@@ -15,6 +15,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.specs.distill import DistillSpec
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 RESNET = {
@@ -122,7 +123,7 @@ def test_a_text_classifier_is_new_too(tmp_path: Path) -> None:
 def test_a_language_model_learns_the_labels_alone(tmp_path: Path) -> None:
     """Supervised fine-tuning: the same figures as a teacher of no weight would leave."""
     rows = [{"prompt": f"the mat {n}?", "response": f"the teacher sat {n}"} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     source = {"name": "chat", "path": tmp_path / "rows.jsonl"}
     model = {"model": str(saved(tiny_model(), tmp_path / "model"))}
     shared: dict[str, Any] = {

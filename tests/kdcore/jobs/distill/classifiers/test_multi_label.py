@@ -18,10 +18,10 @@ from kdcore.data.rows import batch_of, collate, padding
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
+from kdcore.training.method import objective_of
 from kdcore.training.model_view import ModelView
 from kdcore_baselines.method import divergences
 from kdcore_baselines.sources.components import LabelledTextParams
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_a_sigmoid_for_each_label(
     assert [row.labels.tolist() for row in encoded[:3]] == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
     batch = batch_of(collate(list(enumerate(encoded)), padding(loaded.tokenizer)))
     tau = 2.0
-    objective = Objective.build({}, [], divergences.forward_kl(), {"task": 0.5, "kd": 1.0}, tau=tau)
+    objective = objective_of({}, [], divergences.forward_kl(), {"task": 0.5, "kd": 1.0}, tau=tau)
     engine = LossEngine(objective, {"all": ("task", "kd")}, chunk=5)
     step = engine(
         ModelView(student, 2)(student, batch),

@@ -19,6 +19,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore_baselines.sources.hub import streams
 from tests.fixtures.interrupted import interrupted_after
+from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run
 from tests.kdcore.jobs.distill.classifiers.test_augmentation import VIT
@@ -152,7 +153,7 @@ def test_check_reads_the_first_rows(folder: Path, name: str, tmp_path: Path) -> 
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
@@ -43,7 +43,7 @@ def rows(path: Path, *teachers: Any) -> Path:
         | ({"teacher": teacher} if teacher else {})
         for n, teacher in enumerate(teachers)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(path, lines)
     return path
 
 

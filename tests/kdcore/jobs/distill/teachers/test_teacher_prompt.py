@@ -22,13 +22,14 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.objective import Objective
 from kdcore.method.records import Batch, Row
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import LiveTeacher, PromptedTeacher
 from kdcore.training.views import StudentView
 from kdcore_baselines import reverse_kl
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 HINTED = "{prompt}\n\nthe teacher said: {response}\n{hint}"
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_whole_texts_read_one_by_one(sampled: bool, max_leng
     batch = Batch(batch.inputs, batch.labels, batch.mask, batch.index, sampled=sampled)
     live = LiveTeacher.of(teacher.model, 290)
     view = StudentView(student.model, 290, PromptedTeacher(live, theirs))
-    objective = Objective.build({}, [], reverse_kl(), {})
+    objective = objective_of({}, [], reverse_kl(), {})
     step = LossEngine(objective, {"all": ("kd",)}, 7)(
         *view(student.model, batch, 0.5),
         batch,
@@ -107,7 +108,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A student that is its own teacher, on its own responses."""
     folder = tmp_path_factory.mktemp("asked")
     rows = [{"prompt": f"the mat {n}?", "response": f"sat {n}", "hint": "for"} for n in range(6)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     model = {"model": str(saved(tiny_model(seed=1), folder / "model"))}
     train = {"name": "chat", "path": str(folder / "rows.jsonl"), "keep": ["hint"]}
     return {
@@ -247,7 +248,7 @@ def test_rows_that_do_not_fit_are_named(asked: dict[str, Any], tmp_path: Path) -
     def checked(prompt: str, **row: Any) -> None:
         rows = [{"prompt": "the mat?", "response": "sat", "hint": "for"} | row]
         rows.append({"prompt": "the mat?", "response": "sat", "hint": "on"})
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / "rows.jsonl", rows)
         train = asked["data"]["train"] | {"path": str(tmp_path / "rows.jsonl")}
         data = asked["data"] | {"train": train, "heldout": None, "teacher_prompt": prompt}
         spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run", "data": data})

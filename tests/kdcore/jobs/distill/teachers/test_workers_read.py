@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from kdcore.jobs.distill import distill
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.teachers.mixture import SeveralReaders
 from kdcore.training.teachers.row_weights import RowWeights
+from tests.fixtures.json_lines import write_lines
 from tests.tiny.distill_specs import logged
 from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"the mat of {n}?", "response": f"the teacher sat {n}", "teacher": each}
         for n, each in enumerate(said)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     return folder
 
 
