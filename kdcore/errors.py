@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
+_LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""What ``str.splitlines`` takes as the end of a line."""
+
+
+def one_line(text: str) -> str:
+    r"""Write line ends out as escapes, e.g. ``\n``.
+
+    A message quotes names of files, columns and runs, which may contain any character.
+    """
+    return _LINE_ENDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class UserError(Exception):
     """A mistake the user can mend: one plain line of cause and one of cure.
 
-    The command line prints both and exits with code 2, without a traceback.
+    The command line prints both and exits with code 2, without a traceback. Line ends inside the
+    lines, as of a quoted file name, are escaped.
 
     Attributes:
         cause: What is wrong.
@@ -23,10 +35,8 @@ class UserError(Exception):
     """
 
     def __init__(self, cause: str, cure: str, field: str = "") -> None:
-        super().__init__(f"{cause}\n{cure}")
-        self.cause = cause
-        self.cure = cure
-        self.field = field
+        self.cause, self.cure, self.field = one_line(cause), one_line(cure), field
+        super().__init__(f"{self.cause}\n{self.cure}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a worker process raise it in the main process."""
@@ -34,18 +44,23 @@ class UserError(Exception):
 
 
 class Mistakes(UserError):
-    """Several mistakes in a spec.
+    """Several mistakes in a spec: a line of cause for each, and a line for each different cure.
 
     Attributes:
         found: The mistakes.
+        further: Number of mistakes that are not among them.
     """
 
-    def __init__(self, found: Sequence[UserError]) -> None:
-        super().__init__(*("\n".join(getattr(m, n) for m in found) for n in ("cause", "cure")))
-        self.found = tuple(found)
+    def __init__(self, found: Sequence[UserError], further: int = 0) -> None:
+        super().__init__("", "")
+        more = [f"... and {counted(further, 'more mistake')}"] if further else []
+        self.cause = "\n".join([*(each.cause for each in found), *more])
+        self.cure = "\n".join(dict.fromkeys(each.cure for each in found))
+        self.args = (f"{self.cause}\n{self.cure}",)
+        self.found, self.further = tuple(found), further
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.found,)
+        return type(self), (self.found, self.further)
 
 
 class TrainingDiverged(UserError):
