@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import shlex
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 MOST_NAMES = 24
@@ -78,6 +83,54 @@ def first_line(fault: BaseException, most: int = 300) -> str:
         Its first line, or the name of its type if it says nothing.
     """
     return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:most]
+
+
+def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
+    """The mistake that a file cannot be read, with the cure for its reason.
+
+    Args:
+        path: The file.
+        fault: The system's error.
+        relative_to: The folder that a path of the user's is relative to.
+
+    Returns:
+        The mistake.
+    """
+    if path.is_symlink() and not path.exists():
+        why = f"it is a link to {os.readlink(path)}, which does not exist"
+        return UserError(f"{path} cannot be read: {why}", "restore that file, or name another one")
+    cure = {
+        errno.ENOENT: f"check the path, which is relative to {relative_to}",
+        errno.ENOTDIR: f"check the path, which is relative to {relative_to}",
+        errno.EISDIR: "name a file in this folder",
+        errno.EACCES: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
+        errno.EPERM: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
+        errno.ENXIO: "name a file; this is a socket or a device",
+    }.get(fault.errno or 0, "check the disk, or copy the file again")
+    return UserError(f"{path} cannot be read: {fault.strerror or fault}", cure)
+
+
+def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
+    """The mistake that a file is in another encoding, or ends inside a character.
+
+    Args:
+        path: The file.
+        fault: The error of the line, or of the file, that is not UTF-8.
+
+    Returns:
+        The mistake.
+    """
+    if fault.reason == "unexpected end of data":
+        return UserError(f"{path} ends inside a character", "copy it again: its end is missing")
+    marked = fault.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
+    cause = "it is in UTF-16" if marked else fault.reason
+    written = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    file, new = (shlex.quote(str(each)) for each in (path, written))
+    encoding = "UTF-16" if marked else "CP1252"
+    return UserError(
+        f"{path} is not UTF-8: {cause}",
+        f"save it as UTF-8, e.g. iconv -f {encoding} -t UTF-8 {file} > {new}",
+    )
 
 
 @contextmanager

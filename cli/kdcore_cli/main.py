@@ -35,7 +35,7 @@ from kdcore_cli.commands.generate_command import generate
 from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted, InterruptedRun
-from kdcore_cli.standard_streams import READER_GONE, STDOUT, drop
+from kdcore_cli.standard_streams import READER_GONE, STDOUT, drop_results
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
@@ -116,7 +116,7 @@ def _with_out(words: list[str]) -> list[str]:
 def _failed(fault: Exception, debug: bool) -> int:
     """Print why a command failed, and return its exit code."""
     if isinstance(fault, OSError) and fault.filename == STDOUT:
-        drop(sys.stdout)  # what it still holds
+        drop_results()  # what it still holds
         if isinstance(fault, BrokenPipeError):
             return READER_GONE
         cause = f"the results cannot be printed: {fault.strerror}"

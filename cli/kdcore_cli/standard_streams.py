@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import IO, Any
+from typing import Any, TextIO
 
 READER_GONE = 141
 """Exit code of a command whose results nobody reads: 128 + SIGPIPE, which Python ignores."""
@@ -28,12 +28,21 @@ class _Results(io.FileIO):
             raise OSError(fault.errno, fault.strerror, STDOUT) from None
 
 
+class _Messages(io.FileIO):
+    """Stderr, whose errors nobody could be told of; a run does not fail for its progress."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def prepare_streams() -> None:
-    """Open the null device for closed streams, and let errors of stdout name it.
+    """Open the null device for closed streams, name stdout in its errors, and drop stderr's.
 
     Without the null device, the next file that is opened, e.g. a checkpoint, gets the number of the
-    closed stream, and what libraries print goes into it. A character that the encoding of a stream
-    does not have is printed as its code.
+    closed stream, and what libraries print goes into it.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         try:
@@ -42,20 +51,24 @@ def prepare_streams() -> None:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
             os.set_inheritable(null, True)
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.flush()
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Results(sys.stdout.fileno(), "w", closefd=False)),
-            encoding=sys.stdout.encoding,
-            line_buffering=sys.stdout.line_buffering,
-        )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _over(sys.stdout, _Results), _over(sys.stderr, _Messages)
 
 
-def drop(stream: IO[str]) -> None:
-    """Send what a stream still holds, and all that follows, to the null device."""
+def _over(stream: TextIO, raw: type[io.FileIO]) -> TextIO:
+    """A stream of the same file and encoding, which shows the code of what it cannot encode."""
+    if not isinstance(stream, io.TextIOWrapper):  # replaced by a program that calls us
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+    )
+
+
+def drop_results() -> None:
+    """Send what stdout still holds, and all that follows, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
+    os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -12,7 +12,6 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from kdcore_cli.standard_streams import drop
 from kdcore_cli.terminal.control_characters import CONTROL, escaped
 
 _PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
@@ -47,16 +46,11 @@ class SafeConsole(Console):
             return
         with self.capture() as captured:
             super().print(*objects, **options)
-        try:
-            self.file.write(_PADDING.sub("", captured.get()))
-        except BrokenPipeError:
-            self.on_broken_pipe()
+        self.file.write(_PADDING.sub("", captured.get()))
 
     def on_broken_pipe(self) -> None:
-        """Go on without progress that nobody reads; of results, tell the command line."""
-        if not self.stderr:
-            raise  # called where the error is handled; rich would exit here
-        drop(self.file)
+        """Leave the error, which rich handles when it calls this, to the command line."""
+        raise
 
     def _fitted(self, table: Table) -> RenderableType:
         """The table with columns that do not break words, or as lines if these do not fit."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError, counted
+from kdcore.errors import UserError, counted, unreadable
 from kdcore.models.assembly import Assembly
 
 HELD_OUT = 500
@@ -109,8 +110,14 @@ def _with_steps(text: str, rows: int, share: float) -> str:
 
 def _recognised(data: Path, registry: Registry) -> Choice:
     """The first installed source that reads the file, with its params."""
-    if not data.exists():
-        raise UserError(f"{data} does not exist", "check the path of --data")
+    try:
+        kind = data.stat().st_mode
+    except OSError as fault:
+        raise unreadable(data, fault, "the working directory") from fault
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be empty the second time
+        raise UserError(
+            f"{data} is neither a file nor a folder", "write what it says to a file, and name that"
+        )
     for component in (c for c, _ in registry.components() if c.kind == "source"):
         recognise = getattr(registry.attribute(component), "recognise", None)
         params = recognise(data) if recognise else None

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
-from kdcore.errors import MOST_NAMES, Mistakes, UserError, nearest
+from kdcore.errors import MOST_NAMES, Mistakes, UserError, nearest, not_utf8, unreadable
 from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
@@ -246,12 +246,10 @@ def _text(file: Path) -> str:
         raise UserError(f"file not found: {file}", cure) from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder", "give the path of the spec file inside it") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text", "save it as UTF-8") from None
+    except UnicodeDecodeError as fault:
+        raise not_utf8(file, fault) from None
     except OSError as fault:
-        raise UserError(
-            f"cannot read {file}: {fault.strerror}", "check the file's permissions"
-        ) from None
+        raise unreadable(file, fault, "the working directory") from None
 
 
 def _flags_as_numbers(given: Any, taken: Any, place: Place = ()) -> Iterator[Mistake]:

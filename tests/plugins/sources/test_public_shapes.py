@@ -267,8 +267,67 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "MMLU": (
         {"question": "Where?", "choices": ["There.", "Here."], "answer": 1},
-        "rows.jsonl:1: the response must be a string, not 1",
+        "the rows are questions with answers to choose from ('choices')",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "ARC": (
+        {
+            "question": "Where?",
+            "choices": {"text": ["There.", "Here."], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "the rows are questions with answers to choose from ('choices')",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "HellaSwag": (
+        {"ctx_a": "A man runs.", "ctx": "A man runs. He", "endings": ["sits.", "stops."]},
+        "the rows are questions with answers to choose from ('endings')",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "RACE": (
+        {
+            "article": "A long text.",
+            "question": "Where?",
+            "options": ["There.", "Here."],
+            "answer": "A",
+        },
+        "the rows are questions with answers to choose from ('options')",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "BoolQ": (
+        {"question": "Is it there?", "answer": True, "passage": "It is there."},
+        "rows.jsonl:1: the response must be a string, not True",
         "response: FIELD",
+    ),
+    "PKU-SafeRLHF": (
+        {
+            "prompt": "Where is it?",
+            "response_0": "Over there.",
+            "response_1": "I see.",
+            "better_response_id": 1,
+        },
+        "several responses to a prompt: response_0, response_1",
+        "prompt: prompt, response: response_0}",
+    ),
+    "WebGPT comparisons": (
+        {"question": {"full_text": "Where?"}, "answer_0": "Over there.", "answer_1": "I see."},
+        "several responses to a prompt: answer_0, answer_1",
+        "prompt: FIELD, response: answer_0}",
+    ),
+    "SHP": (
+        {
+            "history": "Where is it?",
+            "human_ref_A": "Over there.",
+            "human_ref_B": "I see.",
+            "labels": 1,
+        },
+        "several responses to a prompt: human_ref_A, human_ref_B",
+        "response: human_ref_A}",
+    ),
+    "stack-exchange-paired": (
+        {"question": "Where is it?", "response_j": "Over there.", "response_k": "I see."},
+        "several responses to a prompt: response_j, response_k",
+        "prompt: question, response: response_j}",
     ),
     "AG News": (
         {"text": "A text on news.", "label": 2},

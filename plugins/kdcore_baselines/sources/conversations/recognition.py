@@ -46,6 +46,10 @@ _SIDES = (
     re.compile(r"(?i)\b(assistant|ai|gpt|bot)(:|\|\]|\|>)|<\|im_start\|>assistant|\[/INST\]"),
 )
 """What stands before the turns of the two sides in a text that holds a whole conversation."""
+_CHOICES = {"choice", "option", "ending"}
+"""Words of a field with the answers to choose from."""
+_NUMBERED = re.compile(r"(.+?)(?:[_ -]?\d+|[_ -][A-Za-z]|(?<=[a-z])[A-Z])")
+"""A name of one of several fields that are alike: answer_0, response2, human_ref_A, responseB."""
 _GROUPS = {
     "conversation",
     "conv",
@@ -77,6 +81,7 @@ def fields_of(every: Iterable[Mapping[str, Any]], origin: str) -> dict[str, Any]
     rows = (every := list(every))[:SAMPLE]
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
+    _refuse_choices(rows)
     found, names = _guessed(rows, origin), _names(rows)
     if "messages" not in found and not names.keys() & {*TURNS}:
         usual = next((name for name in ANSWERS if name in names), "prompt")
@@ -253,6 +258,7 @@ def _of_named_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """One field holds the prompt, and another one, if any, the response."""
     texts = _texts(rows)
+    _refuse_alternatives(texts)
     _refuse_labelled(rows, texts)
     long = {
         n: sum(map(len, found)) / len(found) for n, found in texts.items() if len(set(found)) > 1
@@ -271,6 +277,42 @@ def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return {"text": prompt}
     usual = prompt in ANSWERS and response is None
     return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
+
+
+def _refuse_choices(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError for questions whose answers are to be chosen from a list."""
+    for field in _names(rows):
+        if _words(field) & _CHOICES and all(_are_choices(row.get(field)) for row in rows):
+            raise UserError(
+                f"the rows are questions with answers to choose from ('{field}')",
+                f"write the {field} into the prompt and the right one as the response: "
+                '{"prompt": ..., "response": ...}',
+            )
+
+
+def _are_choices(value: Any) -> bool:
+    """Whether a field has two texts or more, perhaps beside their letters."""
+    if isinstance(value, Mapping):
+        return any(_are_choices(each) for each in value.values())
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+
+
+def _refuse_alternatives(texts: Mapping[str, Any]) -> None:
+    """Raises UserError for several responses to a prompt: another field says which is better."""
+    alike: dict[str, list[str]] = {}
+    for name in texts:
+        found = _NUMBERED.fullmatch(name)
+        if found and _words(found[1]) & (_RESPONSES | {"ref"}) and found[1] not in texts:
+            alike.setdefault(found[1], []).append(name)
+    several = next((names for names in alike.values() if len(names) > 1), None)
+    if several is None:
+        return
+    prompt = next((n for n in texts if n not in several and _words(n) & _PROMPTS), "FIELD")
+    raise UserError(
+        f"the rows have several responses to a prompt: {', '.join(several)}",
+        "name the one to learn in a spec: train: {name: ..., path: ..., "
+        f"prompt: {prompt}, response: {several[0]}}}",
+    )
 
 
 def _refuse_labelled(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]) -> None:
