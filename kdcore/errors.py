@@ -96,12 +96,13 @@ def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
     Returns:
         The mistake.
     """
-    if path.is_symlink() and not path.exists():
+    if fault.errno != errno.ELOOP and path.is_symlink() and not path.exists():
         why = f"it is a link to {os.readlink(path)}, which does not exist"
         return UserError(f"{path} cannot be read: {why}", "restore that file, or name another one")
     cure = {
         errno.ENOENT: f"check the path, which is relative to {relative_to}",
         errno.ENOTDIR: f"check the path, which is relative to {relative_to}",
+        errno.ELOOP: "remove the symbolic link that leads back to itself, or name another path",
         errno.EISDIR: "name a file in this folder",
         errno.EACCES: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
         errno.EPERM: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
@@ -122,6 +123,10 @@ def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
     """
     if fault.reason == "unexpected end of data":
         return UserError(f"{path} ends inside a character", "copy it again: its end is missing")
+    if fault.object[:2] == b"\x1f\x8b":
+        return UserError(
+            f"{path} is compressed by gzip", "uncompress it (gunzip), and name the result"
+        )
     marked = fault.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
     cause = "it is in UTF-16" if marked else fault.reason
     written = path.with_name(f"{path.stem}.utf8{path.suffix}")

@@ -46,7 +46,7 @@ def say(style: str, label: str, text: str) -> None:
     """
     from rich.text import Text
 
-    err().print(Text.assemble((f"{label}: ", style), one_line(text)), soft_wrap=True)
+    err().print(Text.assemble((f"{label}: ", style), escaped(one_line(text))), soft_wrap=True)
 
 
 def tell(line: str) -> None:

@@ -37,6 +37,8 @@ FEW = 200
 """Number of rows below which several epochs take minutes."""
 SHOWN, WIDTH = 3, 60
 """Turns of the first conversation that are shown, and the characters of each."""
+_HTML = re.compile(r"<(?:p|br|div|span|table|ul|ol|li)\b[^<>]*>|&(?:nbsp|amp|[a-zA-Z]uml);", re.I)
+"""Marks of texts that a help desk exports as HTML."""
 _SECTION = re.compile(r"^data:\n(?:[ #].*\n|\n(?=[ #]))*", re.MULTILINE)
 
 
@@ -220,6 +222,13 @@ def _findings(
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
+    marked = sum(
+        any(each.role == "assistant" and _HTML.search(each.content) for each in row.messages)
+        for row in rows
+    )
+    if 10 * marked > len(rows):
+        yield f"  {marked} of {len(rows)} have HTML in a response, which the student would learn to"
+        yield "  write: export plain text, or strip the tags"
     if share:
         some = f": {different} different prompts" if different < len(rows) else ""
         yield f"  held out: {share:g} %, chosen by what the conversations ask{some}"

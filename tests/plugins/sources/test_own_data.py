@@ -428,3 +428,14 @@ def test_a_cut_row_after_the_first_ones_is_left_out(tmp_path: Path, cut: dict[st
         found, told = made(file.name, tmp_path)
         assert found.data.train.params.tidy and "left out for want of a response: 1 " in told
         assert len(read(found.data.train)) + len(read(found.data.heldout)) == 230
+
+
+def test_answers_in_html_are_told(tmp_path: Path) -> None:
+    path, registry = tmp_path / "rows.jsonl", installed()
+    row = {"prompt": "How do <p> and <br> differ?", "response": "Hello,<br/>it is so."}
+    path.write_text("".join(json.dumps(row | {"prompt": f"{n}?"}) + "\n" for n in range(3)))
+    found = spec_of(registry.job("distill"), path, tmp_path / "spec.yaml", registry).findings
+    assert "  3 of 3 have HTML in a response, which the student would learn to" in found
+    path.write_text(json.dumps(row | {"response": "One is a & b, the other x < y > z."}) + "\n")
+    found = spec_of(registry.job("distill"), path, tmp_path / "spec.yaml", registry).findings
+    assert not any("HTML" in line for line in found)

@@ -179,6 +179,8 @@ def refused_data(params: LoadedParams, fault: Exception) -> UserError:
                 f"{params.path} cannot be read: {first_line(each)}",
                 "copy or download it again: it is cut off, damaged or not compressed",
             )
+        if isinstance(each, StopIteration):  # of the reader of an empty file
+            return UserError(f"{params.path} has no rows", "name a file with at least one row")
     cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
     text = " ".join(str(cause or fault).split()) or type(fault).__name__
     low = text.lower()
@@ -192,6 +194,8 @@ def refused_data(params: LoadedParams, fault: Exception) -> UserError:
         cure = "unset HF_HUB_OFFLINE to download it once, or name local data"
     elif "reach" in low or isinstance(fault, ConnectionError):
         cure = "check the connection to huggingface.co, or name local data"
+    elif "any data files" in low:
+        cure = f"name a file, or a folder with files of {', '.join(READERS)}"
     elif "config" in low and "split" not in low:
         cure = "set config to one of its configurations"
     elif "split" in low:
