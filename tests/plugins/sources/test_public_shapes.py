@@ -244,7 +244,7 @@ LEARNED |= {
         ONE,
         {unread("choices")},
     ),
-    "The Stack": ({"content": "A long text.", "size": 9}, f" long text.{END}", {unread("size")}),
+    "The Stack": ({"content": "A long text.", "size": 9}, f" long text.{END}", set()),
 }
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -37,4 +37,4 @@ def texts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def words_of(name: str) -> set[str]:
     """The words of a field's name, without a plural s."""
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return {word.lower().removesuffix("s") for word in re.findall(r"[A-Za-z]+", apart)}
+    return {word.lower().removesuffix("s") for word in re.findall(r"[^\W\d_]+", apart)}

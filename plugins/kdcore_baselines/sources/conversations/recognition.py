@@ -41,6 +41,8 @@ SAMPLE = 200
 """Number of rows that decide what the fields mean, from the first."""
 _ROLES, _ROLE = 4, 30
 """Most values of a column with roles of unknown names, and their most characters."""
+_DATE = 4
+"""Fewest digits of a date, which a role does not have."""
 _SAID = {"data", "turn", "utterance", "dialog", "dialogue", "chat", "conversation", "message"}
 """Words of a field with the texts of both sides in turn."""
 _WORSE = {"rejected", "loser"}
@@ -223,14 +225,19 @@ def _of_one_turn_per_row(
 
 
 def _like_roles(texts: Sequence[str]) -> bool:
-    """Whether texts are few short values, each of them more than once."""
+    """Whether texts are few short values, each of them more than once, and no dates."""
     values = set(texts)
+    if any(sum(map(str.isdigit, value)) >= _DATE for value in values):
+        return False
     return 1 < len(values) <= min(_ROLES, len(texts) // 2) and max(map(len, values)) <= _ROLE
 
 
 def _group(rows: Sequence[Mapping[str, Any]], role: str) -> str | None:
     """The field whose rows of one value are a conversation, in which several roles speak."""
     for name in sorted(names_of(rows), key=lambda name: not words_of(name) & _GROUPS):
+        said = [value for row in rows if isinstance(value := row.get(name), str)]
+        if 2 * sum(" " in value and len(value) > _ROLE for value in said) > len(rows):  # prose
+            continue
         roles: dict[str, set[str]] = {}
         for row in rows:
             roles.setdefault(str(row.get(name)), set()).add(str(row.get(role)))
