@@ -456,7 +456,7 @@ def test_a_help_desk_s_tables_in_another_language(tmp_path: Path) -> None:
         "group": "Ticket Nr",
         "role": "Absender",
         "content": "Nachricht",
-        "roles": {"Kunde": "user", "Mitarbeiter": "assistant", "System": "system"},
+        "roles": {"Kunde": "user", "Mitarbeiter": "assistant"},
         "tidy": True,
     }
     who = ("Anna", "Bert")
