@@ -59,11 +59,14 @@ def _over(stream: TextIO, raw: type[io.FileIO]) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):  # replaced by a program that calls us
         return stream
     stream.flush()
+    file = raw(stream.fileno(), "w", closefd=False)
+    at_once = stream.write_through  # PYTHONUNBUFFERED
     return io.TextIOWrapper(
-        io.BufferedWriter(raw(stream.fileno(), "w", closefd=False)),
+        file if at_once else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
+        write_through=at_once,
     )
 
 

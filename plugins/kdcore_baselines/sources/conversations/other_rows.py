@@ -91,7 +91,7 @@ def refuse_labelled(rows: Rows) -> None:
             f"join {' and '.join(prose)} to one column, then write train: "
             f"{{name: labelled_dataset, path: ..., text: COLUMN, label: {label}}}",
         )
-    if image is None and (text is None or asked):
+    if image is None and (text is None or asked or answered):
         return
     source, field = ("labelled_dataset", "text") if image is None else ("image_dataset", "image")
     raise UserError(
