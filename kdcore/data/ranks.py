@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
+from kdcore.runs.whole_files import write_whole
 
 Found = TypeVar("Found")
 Item = TypeVar("Item")
+_LOST = re.compile(r"gloo/transport|NCCL|(closed|reset) by peer")
+"""What the errors of a connection say that another process has closed."""
 
 
 class Ranks:
@@ -48,20 +55,63 @@ class Ranks:
             What it returned in the main process, in every process.
 
         Raises:
-            UserError: The work raised it in the main process; every process raises it then.
+            UserError: The work raised it in the main process; every process raises it then. If the
+                work raised another exception, the others raise a UserError that quotes it.
         """
         if self._place is None:
             return work()
         told: list[Any] = [None, None]
+        fault: Exception | None = None
         if self.number == 0:
             try:
                 told[0] = work()
-            except UserError as wrong:
-                told[1] = wrong.cause, wrong.cure
+            except Exception as wrong:
+                fault, told[1] = wrong, self._mistake_of(wrong)
         found, wrong_of_main = broadcast_object_list(told)
+        if fault is not None:
+            raise fault
         if wrong_of_main is not None:
             raise UserError(*wrong_of_main)
         return found  # type: ignore[no-any-return]
+
+    @contextmanager
+    def ending_together(self, file: Path) -> Iterator[None]:
+        """Let every process end with the cause of the first one that fails in the block.
+
+        A process that waits for one that has ended gets an error of the connection to it, and the
+        cause from a file.
+
+        Args:
+            file: A file that all processes see, and that is not there yet.
+
+        Raises:
+            UserError: Another process failed or was killed.
+        """
+        try:
+            yield
+        except Exception as fault:
+            if self._place is None:
+                raise
+            if not isinstance(fault, UserError):
+                with suppress(OSError, ValueError):
+                    raise UserError(*json.loads(file.read_text("utf-8"))) from fault
+                if _LOST.search(str(fault)):
+                    raise UserError(
+                        "another process of this run was lost: it was killed, or took longer than "
+                        "training.trainer.ddp_timeout",
+                        "read what the other processes said, then rerun with --resume",
+                    ) from fault
+            with suppress(OSError):
+                if not file.exists():
+                    write_whole(file, json.dumps(self._mistake_of(fault)))
+            raise
+
+    def _mistake_of(self, fault: Exception) -> tuple[str, str]:
+        """The cause and the cure that other processes tell of a fault of this one."""
+        if isinstance(fault, UserError):
+            return fault.cause, fault.cure
+        said = f"process {self.number} failed: {type(fault).__name__}: {first_line(fault)}"
+        return said, f"read what process {self.number} said"
 
     def total(self, count: int) -> int:
         """Wait for every process, and sum a number over them."""

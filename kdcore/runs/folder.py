@@ -25,6 +25,7 @@ The folder contains:
     bench.json         results of a benchmark
     responses.jsonl    responses of a generate-data job
     report.html        page of `kdcore report`
+    fault.json         why the first of several processes failed
     README.md          the model card
 """
 
@@ -59,8 +60,9 @@ CELLS = "cells"
 """The folder of a comparison's runs, inside its run folder."""
 RESULTS = ("results.json", "comparison.json", "bench.json")
 """The results files; a job writes one of them."""
+FAULT = "fault.json"
 _UNBORN = ("lock", f"run.json{PART}")  # the files of a run that was killed before it started
-_FIRST = (*_UNBORN, "run.json", "spec.yaml", f"spec.yaml{PART}")  # those before any work
+_FIRST = (*_UNBORN, "run.json", "spec.yaml", f"spec.yaml{PART}", FAULT)  # before any work
 _OPENING = 30.0  # seconds in which other processes have opened a folder that they share
 
 

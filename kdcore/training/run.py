@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from transformers import PrinterCallback
 
 from kdcore.components.registry import Registry
+from kdcore.data.ranks import Ranks
 from kdcore.models.device import CPU, device_count
 from kdcore.runs import interruption
-from kdcore.runs.folder import Run
+from kdcore.runs.folder import FAULT, Run
 from kdcore.runs.hooks import RunHooks
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import FIRST_MEASUREMENT, HeldOutResults
@@ -45,25 +46,35 @@ def training_run(
         The run.
 
     Raises:
-        UserError: `kdcore.runs.folder.Run.open` refuses the folder, or ``work`` raises it.
+        UserError: `kdcore.runs.folder.Run.open` refuses the folder, or ``work`` raises it, in this
+            or another process.
     """
     place = processes(spec)
-    main = place.is_main_process
-    run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume, writes=main)
-    place.wait_for_everyone()  # until the main process has created the folder
+    main, ranks = place.is_main_process, Ranks(place)
+    run = Run(spec.run, writes=main)
+
+    def open_run() -> None:
+        nonlocal run
+        run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
+        run.path(FAULT).unlink(missing_ok=True)
+
+    ranks.by_main(open_run)  # the others wait until the folder is there
     progress = progress if progress and main else Silent()
     hooks = RunHooks(registry, run, progress)
-    with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
-        hooks.tell("kdcore_run_started")
-        if place.num_processes == 1 and place.device != CPU and device_count() > 1:
-            progress.note(
-                f"{device_count()} devices are visible and one is used; for all of them: "
-                f"accelerate launch --num_processes {device_count()} -m kdcore_cli {spec.job} SPEC"
-            )
-        if run.finished:
-            progress.note(f"{spec.run} is already finished")
-        else:
-            work(hooks)
+    with ranks.ending_together(run.folder / FAULT):
+        with run.closed_after(lambda status: hooks.tell("kdcore_run_ended", status=status)):
+            hooks.tell("kdcore_run_started")
+            if place.num_processes == 1 and place.device != CPU and device_count() > 1:
+                progress.note(
+                    f"{device_count()} devices are visible and one is used; for all of them: "
+                    f"accelerate launch --num_processes {device_count()} -m kdcore_cli {spec.job} "
+                    "SPEC"
+                )
+            if run.finished:
+                progress.note(f"{spec.run} is already finished")
+            else:
+                work(hooks)
+        place.wait_for_everyone()  # until the main process has closed the run
     return run
 
 

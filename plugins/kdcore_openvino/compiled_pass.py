@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdcore import UserError
 from kdcore.errors import first_line
-from kdcore.models.folder.files import cache_folder
+from kdcore.models.folder.kept_files import cache_folder
 from kdcore.runs.whole_files import whole_folder
 from kdcore_openvino.fastest_form import fastest
 from kdcore_openvino.graph import converted, openvino, traced

@@ -16,7 +16,8 @@ from kdcore import DecodedBatch, UserError
 from kdcore.components.optional_packages import optional_package
 from kdcore.decoding.baseline import left_padded
 from kdcore.models.facts import refuse_other_tokenizer, tokenizer_digest
-from kdcore.models.folder.files import cache_folder, file_digest, made_once
+from kdcore.models.folder.files import file_digest
+from kdcore.models.folder.kept_files import cache_folder, made_once
 from kdcore.models.transformers_versions import cache_argument
 from kdcore_openvino.compiled_pass import explained
 from kdcore_openvino.graph import converted, openvino, traced

@@ -1,4 +1,4 @@
-"""Commands ``cache build``, ``cache inspect``, ``cache validate`` and ``cache rows``."""
+"""Commands about teacher caches, and about what kdcore keeps on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcore.specs.parts.endpoint import EndpointSpec
 
 app = typer.Typer(
-    help="Store the teacher's logits on disk; list the encoded rows.",
+    help="Store the teacher's logits on disk; show what kdcore keeps there.",
     no_args_is_help=True,
 )
 
@@ -127,8 +127,9 @@ def merge(
 ) -> None:
     """Add the rows of caches to the cache OUT.
 
-    Several machines build a share each (kdcore cache build --share), in a folder of their own. The
-    caches must have one origin; they stay as they are. Rerun an interrupted merge to continue it.
+    Several machines build a share each (kdcore cache build --share): to one URL, which then has
+    all rows, or each in a folder of its own, to be merged. The caches must have one origin; they
+    stay as they are. Rerun an interrupted merge to continue it.
 
     For example:
 
@@ -187,42 +188,67 @@ def validate(
 
 
 @app.command()
-def rows(
-    clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all rows that no process uses.")
-    ] = False,
+def local(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="One of the folders (default: all).")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what no process uses.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the encoded rows of earlier runs, or remove them.
+    """Show what kdcore keeps on this machine, or remove it.
 
-    Runs encode their rows once and find them again here. The rows that were not used for longest
-    are removed when all together take more than KDCORE_CACHE_GB (default: 50).
+    kdcore computes or fetches it once, and again after it is removed: encoded rows (rows), copies
+    of remote caches (shards), converted models (gguf, openvino), digests of files (sha256). It is
+    in KDCORE_CACHE (default: ~/.cache/kdcore).
 
     For example:
 
-    kdcore cache rows --clear
+    kdcore cache local
+
+    kdcore cache local shards --clear
     """
-    from kdcore.data.encoded.cache import entries, rows_folder
+    from kdcore.models.folder.kept_files import KINDS, cache_folder, entries
     from kdcore.runs.costs import in_bytes
     from kdcore_cli.terminal.tables import table
 
-    found = entries()
+    if folder is not None and folder not in KINDS:
+        raise UserError(
+            f"kdcore does not keep a folder {folder} in {cache_folder()}",
+            f"name one of these: {', '.join(KINDS)}",
+        )
+    kinds = [folder] if folder else [each for each in KINDS if (cache_folder() / each).is_dir()]
+    found = {kind: entries(kind) for kind in kinds}
+    every = [(kind, entry) for kind, of_kind in found.items() for entry in of_kind]
     if clear:
-        removed = [entry for entry in found if entry.remove()]
-        freed, left = sum(each.bytes for each in removed), len(found) - len(removed)
-        used = f"; {left} are in use" if left else ""
-        console.tell(f"removed {counted(len(removed), 'folder')} of rows, {in_bytes(freed)}{used}")
+        removed = [entry for _, entry in every if entry.remove()]
+        freed, left = sum(each.bytes for each in removed), len(every) - len(removed)
+        used = f"; {left} in use" if left else ""
+        told = counted(len(removed), "entry", "entries")
+        console.tell(f"removed {told}, {in_bytes(freed)}{used}")
         return
     if as_json:
-        console.print_json([dataclasses.asdict(e) | {"folder": str(e.folder)} for e in found])
+        console.print_json(
+            [
+                {"folder": kind, "name": e.path.name, "bytes": e.bytes, "used": e.used}
+                for kind, e in every
+            ]
+        )
         return
-    shown = table("folder", "size", "last used")
-    for each in found:
-        day = datetime.fromtimestamp(each.used).strftime("%Y-%m-%d %H:%M")
-        shown.add_row(each.folder.name, in_bytes(each.bytes), day)
+    shown = table("folder" if folder is None else "name", "size", "last used")
+    for kind, of_kind in found.items():
+        if folder is None:
+            size, last = sum(e.bytes for e in of_kind), max((e.used for e in of_kind), default=0)
+            shown.add_row(kind, in_bytes(size), _minute(last))
+        else:
+            for each in of_kind:
+                shown.add_row(each.path.name, in_bytes(each.bytes), _minute(each.used))
     console.out().print(shown)
-    total = in_bytes(sum(each.bytes for each in found))
-    console.tell(f"{counted(len(found), 'folder')} of rows in {rows_folder()}, {total}")
+    total, place = in_bytes(sum(e.bytes for _, e in every)), cache_folder() / (folder or "")
+    console.tell(f"{counted(len(every), 'entry', 'entries')} in {place}, {total}")
+
+
+def _minute(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else ""
 
 
 def _endpoint(url: str | None, model: str | None, key: str | None) -> EndpointSpec | None:

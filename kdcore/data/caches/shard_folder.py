@@ -6,20 +6,25 @@ start, without a map.
 
 A remote folder is one that fsspec opens, e.g. ``s3://bucket/cache``. A shard of it is copied into
 kdcore's cache folder when it is first read. A new one is written here and then put there: an object
-store neither renames files nor appends to them.
+store neither renames files nor appends to them. No lock protects it from other machines, so the
+name of a shard there also says which rows it has: two writers that count alike have two files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -28,7 +33,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from kdcore.errors import UserError, first_line
-from kdcore.models.folder.files import cache_folder
+from kdcore.models.folder.kept_files import cache_folder, held_folder
 from kdcore.runs.whole_files import whole
 
 Location: TypeAlias = Path | str
@@ -36,9 +41,11 @@ Location: TypeAlias = Path | str
 
 MANIFEST = "manifest.json"
 """The file that states the origin of the shards."""
+COPIES = "shards"
+"""The kind of the copies of remote shards, see `kdcore.models.folder.kept_files`."""
 MOST_OPEN = 1024
 """Number of shards that a process keeps open."""
-_SHARD = re.compile(r"/shard-\d+\.safetensors$")
+_SHARD = re.compile(r"/shard-\d+(-[0-9a-f]+)?\.safetensors$")
 _HEADER, _LONGEST = 4096, 2**24
 """Bytes of a shard that hold its header, and at most hold it."""
 
@@ -72,7 +79,7 @@ class ShardFolder:
         self._most_open = MOST_OPEN if most_open is None else most_open
         self._files, _ = opened(location)
         found = _sizes_of_shards(location)
-        self.paths = sorted(found, key=number_of)
+        self.paths = sorted(found, key=lambda path: (number_of(path), path))
         self._sizes = [found[path] for path in self.paths]
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -148,14 +155,23 @@ class ShardFolder:
         except (ValueError, KeyError, TypeError) as fault:
             raise Damaged(self.paths[number]) from fault
 
+    @cached_property
+    def _copies(self) -> Path:
+        """The folder of the copies, which is not removed while this object is there."""
+        url = str(self.location).rstrip("/")
+        named = re.sub(r"[^\w.-]", "-", PurePosixPath(urlsplit(url).path).name)[:40]
+        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+        folder = cache_folder() / COPIES / f"{named}-{digest}"
+        weakref.finalize(self, os.close, held_folder(folder))
+        return folder
+
     def _local(self, path: str) -> str:
         """The path on this machine of a shard, which is copied there first if it is remote."""
         if isinstance(self.location, Path):
             return path
-        same = hashlib.sha256(f"{self.location} {path} {self._files.ukey(path)}".encode())
-        copy = cache_folder() / "shards" / f"{same.hexdigest()[:32]}.safetensors"
+        same = hashlib.sha256(f"{path} {self._files.ukey(path)}".encode())
+        copy = self._copies / f"{same.hexdigest()[:32]}.safetensors"
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             lock, told = FileLock(copy.with_suffix(".lock")), _told(self.location, "read")
             with lock, whole(copy) as place, told:
                 self._files.get_file(path, str(place))
@@ -164,7 +180,7 @@ class ShardFolder:
 
 def number_of(path: str | Path) -> int:
     """The number in the name of a shard."""
-    return int(Path(path).stem.rpartition("-")[2])
+    return int(Path(path).stem.split("-")[1])
 
 
 def opened(location: Location) -> tuple[Any, str]:
@@ -280,7 +296,7 @@ def add_shard(
 
     Args:
         location: The folder of the shards.
-        tensors: Named tensors or arrays.
+        tensors: Named tensors or arrays; ``keys`` [R, 16] are those of the rows.
         save: The ``save_file`` of safetensors for this kind of tensors.
         number: Number of the shard (default: the next one).
 
@@ -288,7 +304,10 @@ def add_shard(
         UserError: A remote folder cannot be written.
     """
     number = next_shard(location) if number is None else number
-    with new_file(location, f"shard-{number:05d}.safetensors") as place:
+    name = f"shard-{number:05d}"
+    if not isinstance(location, Path):
+        name += f"-{hashlib.sha256(bytes(tensors['keys'])).hexdigest()[:16]}"
+    with new_file(location, f"{name}.safetensors") as place:
         save(tensors, place)
 
 

@@ -29,11 +29,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcore.data.encoded.cache import MANIFEST, hold
+from kdcore.data.encoded.cache import MANIFEST
 from kdcore.data.encoded.table import BatchReader
 from kdcore.data.store import RowKeys
 from kdcore.method.protocols import Compact
 from kdcore.method.records import Row
+from kdcore.models.folder.kept_files import hold
 
 HELD = 2**25
 """Bytes of mapped pages after which a process lets go of them."""

@@ -72,8 +72,8 @@ def build_cache(
         k: Number of classes kept at each position.
         shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
             `MOST_SHARDS` shards).
-        share: (n, m): add the n-th of m shares of the rows; other builders add the others, each to
-            a folder of its own (see `kdcore.jobs.caches.merge`).
+        share: (n, m): add the n-th of m shares of the rows; other builders add the others, to the
+            same URL or each to a folder of its own (see `kdcore.jobs.caches.merge`).
         registry: The components that the spec may name (default: the installed ones).
         progress: The display of stages and notes (default: none).
         on: The cluster whose workers compute the shards (default: this process).
@@ -134,8 +134,8 @@ def _build(
         refuse_more_classes(objective, manifest.k, manifest.classes, stored, "set --k")
     except UserError as narrow:  # other methods can read the cache
         progress.note(f"warning: {narrow.cause}; for this spec's method, {narrow.cure}")
-    with being_written(folder, manifest):
-        _fill(folder, manifest, asked.rows, shard, share, best_of, progress)
+    with being_written(folder, manifest) as refuse_other:
+        _fill(folder, manifest, asked.rows, shard, share, best_of, progress, refuse_other)
 
 
 def validate_cache(
@@ -244,6 +244,7 @@ def _fill(
     share: tuple[int, int],
     best_of: _Parts,
     progress: Progress,
+    refuse_other: Callable[[], None],
 ) -> None:
     """Write the shards of the missing rows."""
     known, (number, shares) = TeacherCache(folder), share
@@ -259,6 +260,7 @@ def _fill(
         found = zip(parts, best_of(parts, stage.advance), strict=True)
         for at, (part, best) in enumerate(found, next_shard(folder)):
             counted = [(key, int(rows[place].mask.sum())) for key, place in part]
+            refuse_other()
             write_shard(folder, manifest, counted, best, at)
 
 

@@ -54,13 +54,14 @@ def merge_caches(
     manifest = caches[0].manifest
     for cache in caches[1:]:
         refuse_difference(cache.folder, cache.manifest, asdict(manifest))
-    with being_written(folder, manifest):
+    with being_written(folder, manifest) as refuse_other:
         known = TeacherCache(folder)
         keys = RowKeys(np.concatenate([cache.keys_by_shard() for cache in caches]))
         wanted = first_of_each(keys) & ~known.contains(keys)
         least = shard or max(SHARD, sum(cache.positions for cache in caches) // MOST_SHARDS)
         with (progress or Silent()).stage("merge the caches", int(wanted.sum())) as stage:
             for number, part in enumerate(_parts(caches, wanted, least), next_shard(folder)):
+                refuse_other()
                 add_shard(folder, part, save_file, number)
                 stage.advance(len(part["keys"]))
     return TeacherCache(folder)

@@ -10,11 +10,11 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import transformers
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 
 from kdcore.errors import UserError, first_line
 from kdcore.models.folder.gguf_file import dequantise
-from kdcore.runs.whole_files import whole_folder
+from kdcore.models.folder.kept_files import cache_folder, made_once
 from kdcore.specs.parts.fields import ModelSpec
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -256,34 +256,12 @@ def file_digest(file: Path) -> str:
     facts = file.stat()
     key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
     known = cache_folder() / "sha256" / key
-    if not known.exists():
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        known.parent.mkdir(parents=True, exist_ok=True)
-        beside = known.with_name(f"{key}.{os.getpid()}")
-        beside.write_text(digest)
-        beside.replace(known)
-    return known.read_text()
-
-
-def cache_folder() -> Path:
-    """The folder of what kdcore derives from models once: ``KDCORE_CACHE``, or ~/.cache/kdcore."""
-    return Path(os.environ.get("KDCORE_CACHE", "~/.cache/kdcore")).expanduser()
-
-
-def made_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Let the first call make a file or folder of the cache; other processes wait for it.
-
-    Args:
-        path: The final path.
-        write: Function of a temporary path, at which it makes the file or folder.
-
-    Returns:
-        The path.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):
-        if not path.exists():
-            with whole_folder(path) as place:
-                write(place)
-    return path
+    with suppress(FileNotFoundError):
+        return known.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    known.parent.mkdir(parents=True, exist_ok=True)
+    beside = known.with_name(f"{key}.{os.getpid()}")
+    beside.write_text(digest)
+    beside.replace(known)
+    return digest

@@ -12,7 +12,8 @@ from kdcore import UserError
 from kdcore.components.optional_packages import optional_package
 from kdcore.decoding.baseline import DecodedBatch
 from kdcore.errors import first_line
-from kdcore.models.folder.files import cache_folder, file_digest, made_once
+from kdcore.models.folder.files import file_digest
+from kdcore.models.folder.kept_files import cache_folder, made_once
 from kdcore_baselines.decoders.gguf_file import FORMAT, write_gguf
 
 if TYPE_CHECKING:

@@ -24,7 +24,14 @@ from kdcore.jobs.ray_workers import spread
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from tests.fixtures.object_store import register
-from tests.fixtures.processes.dying import DyingOnce, DyingWithItsNode, deadly, doubled
+from tests.fixtures.processes.dying import (
+    DyingInMidRun,
+    DyingOnce,
+    DyingWithItsNode,
+    deadly,
+    doubled,
+)
+from tests.kdcore.data.caches.shards import shards
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 from tests.kdcore.jobs.comparison.conftest import base
 
@@ -123,6 +130,40 @@ def test_a_machine_that_would_fail_each_share_stops_the_work(
         [*spread(doubled, [0])]
 
 
+def answering(base: dict[str, Any], run: Path) -> GenerateDataSpec:
+    how = {"max_new_tokens": 4, "batch_size": 3, "temperature": 1.0}
+    asked = {"teacher": base["teacher"], "source": base["data"]["train"], "responses": how}
+    return GenerateDataSpec.model_validate({"job": "generate-data", "run": str(run), **asked})
+
+
+@pytest.mark.needs("Ray")
+@pytest.mark.parametrize("job", ["generate_data", "caches.build"])
+def test_a_worker_that_is_killed_in_mid_run_leaves_the_files_of_one_machine(
+    cluster: str, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    (tmp_path / "workers").mkdir()
+
+    def killing(work: Work, shares: Sequence[Any], **how: Any) -> Iterator[tuple[int, Any]]:
+        yield from spread(DyingInMidRun(work, str(tmp_path / "workers"), 1), shares, **how)
+
+    monkeypatch.setattr(f"kdcore.jobs.{job}.spread", killing)
+    there, here = tmp_path / "there", tmp_path / "here"
+    if job == "generate_data":
+        for run, on in ((there, "ray"), (here, None)):
+            generate_data(answering(base, run), on=on)  # type: ignore[arg-type]
+        files = ["responses.jsonl", "responses.manifest.json"]
+    else:
+        spec = DistillSpec.model_validate(base | {"run": str(tmp_path / "run")})
+        for folder, where in ((there, "ray"), (here, None)):
+            build_cache(spec, folder, k=4, shard=1, on=where)  # type: ignore[arg-type]
+        files = sorted(path.name for path in here.iterdir() if path.name != "lock")
+        assert len(files) > 3
+    assert (tmp_path / "workers/killed").exists()
+    assert processes(tmp_path / "workers") == 3, "two workers, and one in place of the killed one"
+    for name in files:
+        assert (there / name).read_bytes() == (here / name).read_bytes(), name
+
+
 @pytest.mark.needs("Ray")
 def test_cells_on_ray_give_what_they_give_here(
     cluster: str, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -165,12 +206,6 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{job}.spread", on_other_machines)
 
 
-def answering(base: dict[str, Any], run: Path) -> GenerateDataSpec:
-    how = {"max_new_tokens": 4, "batch_size": 3, "temperature": 1.0}
-    asked = {"teacher": base["teacher"], "source": base["data"]["train"], "responses": how}
-    return GenerateDataSpec.model_validate({"job": "generate-data", "run": str(run), **asked})
-
-
 def test_answers_of_workers_are_those_of_this_process(
     elsewhere: None, tmp_path: Path, base: dict[str, Any]
 ) -> None:
@@ -193,10 +228,10 @@ def test_shards_of_workers_are_those_of_this_process(
     register()
     build_cache(spec, f"objects://{there}", k=4, shard=20, on="ray")
     build_cache(spec, here, k=4, shard=20)
-    files = [path.name for path in sorted(here.iterdir()) if path.name != "lock"]
-    assert len(files) > 2  # shards, not one
-    assert [path.name for path in sorted(there.iterdir())] == files
-    assert all((there / name).read_bytes() == (here / name).read_bytes() for name in files)
+    whole, sent = shards(here), shards(there)
+    assert len(whole) > 1
+    assert [each.read_bytes() for each in sent] == [each.read_bytes() for each in whole]
+    assert (there / "manifest.json").read_bytes() == (here / "manifest.json").read_bytes()
 
 
 def test_a_machine_with_other_rows_is_refused(

@@ -20,7 +20,7 @@ from kdcore_cli.main import application
 from tests.fixtures.pages import BLOCKS, PAGES, ROOT, Command
 from tests.fixtures.reader import Reader
 
-OURS = ("kdcore ", "accelerate launch ")
+OURS = ("kdcore ", "torchrun ")
 """How a line begins that is run, if nothing says why not; `make` has tests of its own."""
 
 SHELL = [block for block in BLOCKS if block.language == "sh"]

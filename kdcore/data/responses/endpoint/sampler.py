@@ -147,6 +147,8 @@ class ServedSampler:
 
     def _send(self, student: Any, step: int) -> None:
         """Give the server the student's weights. Only the first process does so."""
+        if not self._kept and self.spec.folder is None:
+            self._forget_killed()
         folder = self._folder / f"step-{step}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)
         self._kept.append(folder)
@@ -165,6 +167,13 @@ class ServedSampler:
             self._unload(before)
             shutil.rmtree(before)
         self._kept = [folder]
+
+    def _forget_killed(self) -> None:
+        """Remove what a killed process of this run sent last."""
+        for folder in self._folder.glob("step-*"):
+            with suppress(UserError, TimeoutError):  # the server may be another one now
+                self._unload(folder, _IDLE)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _unload(self, folder: Path, seconds: float | None = None) -> None:
         """Unload adapters that the server does not need any longer."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdcore.data.encoded import encode as encoding
-from kdcore.data.encoded.cache import MANIFEST, entries
+from kdcore.data.encoded.cache import KIND, MANIFEST
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
 from kdcore.data.encoded.rows import EncodedRows
 from kdcore.data.encoded.table import to_batch
@@ -31,6 +31,7 @@ from kdcore.data.rows import (
 from kdcore.data.store import row_key
 from kdcore.errors import UserError
 from kdcore.method.records import Row
+from kdcore.models.folder.kept_files import entries
 from kdcore.runs.progress import Silent
 from kdcore.runs.today import pinned
 from kdcore_baselines.sources.components import ChatParams
@@ -318,12 +319,12 @@ def test_rows_that_were_not_used_for_longest_make_room(monkeypatch: pytest.Monke
         folders.append(opened.folder)
         if name == "in use":
             used = opened  # its lock ends with it
-        os.utime(opened.folder / "manifest.json", (1000 + place, 1000 + place))
+        os.utime(opened.folder, (1000 + place, 1000 + place))
     del opened
     sized("read again", tokenizer)
-    os.utime(folders[2] / "manifest.json", (1, 1))
-    assert [entry.folder for entry in entries()] == [folders[n] for n in (2, 0, 3, 1)]
-    size = entries()[0].bytes
+    os.utime(folders[2], (1, 1))
+    assert [entry.path for entry in entries(KIND)] == [folders[n] for n in (2, 0, 3, 1)]
+    size = entries(KIND)[0].bytes
     monkeypatch.setenv("KDCORE_CACHE_GB", str(3.5 * size / 1e9))
     encoded_rows(Encodes([row(0, 5000)], "new"), tokenizer, 9000, noted)
     assert [folder.exists() for folder in folders] == [False, True, True, False]
@@ -335,13 +336,13 @@ def test_rows_that_were_not_used_for_longest_make_room(monkeypatch: pytest.Monke
 
 def test_rows_that_are_read_are_not_removed() -> None:
     rows = sized("read", tiny_tokenizer())
-    (entry,) = entries()
+    (entry,) = entries(KIND)
     worker = copy.deepcopy(rows)  # as a worker opens it
     del rows
-    assert not entry.remove() and entry.folder.exists()
+    assert not entry.remove() and entry.path.exists()
     same(worker[0], row(0, 5000))
     del worker
-    assert entry.remove() and not entry.folder.exists() and not entries()
+    assert entry.remove() and not entry.path.exists() and not entries(KIND)
 
 
 def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from kdcore.models.loading.load import load_model
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.fields import ModelSpec
 from kdcore.specs.parts.on_policy import OnPolicySpec
+from kdcore.training.trainer.trainer import DistillationTrainer
 from tests.fixtures.apps.endpoint_app import served
 from tests.fixtures.apps.sampling_app import SamplingEndpoint
 from tests.tiny.distill_specs import distill_spec, logged
@@ -91,6 +92,39 @@ def test_a_server_samples_what_the_student_would_with_weights_of_a_known_age(
     assert logged(lazy)[0] == pytest.approx(logged(here)[0], rel=1e-4)
     assert logged(lazy) != pytest.approx(logged(here), rel=1e-4)
     assert seeds(server) == drawn  # a run is the same again
+
+
+@pytest.mark.parametrize("student", [{}, LORA], ids=["whole", "adapters"])
+def test_what_a_killed_run_sent_is_removed_when_it_is_resumed(
+    tmp_path: Path,
+    models: Path,
+    server: SamplingEndpoint,
+    student: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = {"steps": STEPS, "batch_size": 4, "accumulation": 1, "learning_rate": 0.03}
+    how: dict[str, Any] = {"student": student, "training": training | {"save_every": 1}}
+    whole = distill(spec_of(tmp_path / "whole", models, endpoint(server), **how))
+    server.model.model.load_state_dict(
+        load_model(ModelSpec(model=str(models / "student"))).model.state_dict()
+    )
+    finish = DistillationTrainer._finish_step
+
+    def die(trainer: DistillationTrainer) -> None:
+        finish(trainer)
+        if trainer.state.global_step == 2:
+            raise RuntimeError("killed")
+
+    spec = spec_of(tmp_path / "killed", models, endpoint(server), **how)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(DistillationTrainer, "_finish_step", die)
+        patch.setattr(ServedSampler, "close", lambda sampler: None)
+        distill(spec)
+    left = tmp_path / "killed/run/sampler"
+    assert len([*left.iterdir()]) == 1 and len(server.adapters) == len(student)
+    resumed = distill(spec, resume=True)
+    assert not left.exists() and not server.adapters
+    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-4)
 
 
 def test_a_server_with_another_model_is_refused(
