@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
+import shlex
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
+_LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""What ``str.splitlines`` takes as the end of a line."""
+
+
+def one_line(text: str) -> str:
+    r"""Write line ends out as escapes, e.g. ``\n``.
+
+    A message quotes names of files, columns and runs, which may contain any character.
+    """
+    return _LINE_ENDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class UserError(Exception):
     """A mistake the user can mend: one plain line of cause and one of cure.
 
-    The command line prints both and exits with code 2, without a traceback.
+    The command line prints both and exits with code 2, without a traceback. Line ends inside the
+    lines, as of a quoted file name, are escaped.
 
     Attributes:
         cause: What is wrong.
@@ -23,10 +40,8 @@ class UserError(Exception):
     """
 
     def __init__(self, cause: str, cure: str, field: str = "") -> None:
-        super().__init__(f"{cause}\n{cure}")
-        self.cause = cause
-        self.cure = cure
-        self.field = field
+        self.cause, self.cure, self.field = one_line(cause), one_line(cure), field
+        super().__init__(f"{self.cause}\n{self.cure}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a worker process raise it in the main process."""
@@ -34,18 +49,23 @@ class UserError(Exception):
 
 
 class Mistakes(UserError):
-    """Several mistakes in a spec.
+    """Several mistakes in a spec: a line of cause for each, and a line for each different cure.
 
     Attributes:
         found: The mistakes.
+        further: Number of mistakes that are not among them.
     """
 
-    def __init__(self, found: Sequence[UserError]) -> None:
-        super().__init__(*("\n".join(getattr(m, n) for m in found) for n in ("cause", "cure")))
-        self.found = tuple(found)
+    def __init__(self, found: Sequence[UserError], further: int = 0) -> None:
+        super().__init__("", "")
+        more = [f"... and {counted(further, 'more mistake')}"] if further else []
+        self.cause = "\n".join([*(each.cause for each in found), *more])
+        self.cure = "\n".join(dict.fromkeys(each.cure for each in found))
+        self.args = (f"{self.cause}\n{self.cure}",)
+        self.found, self.further = tuple(found), further
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.found,)
+        return type(self), (self.found, self.further)
 
 
 class TrainingDiverged(UserError):
@@ -63,6 +83,59 @@ def first_line(fault: BaseException, most: int = 300) -> str:
         Its first line, or the name of its type if it says nothing.
     """
     return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:most]
+
+
+def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
+    """The mistake that a file cannot be read, with the cure for its reason.
+
+    Args:
+        path: The file.
+        fault: The system's error.
+        relative_to: The folder that a path of the user's is relative to.
+
+    Returns:
+        The mistake.
+    """
+    if fault.errno != errno.ELOOP and path.is_symlink() and not path.exists():
+        why = f"it is a link to {os.readlink(path)}, which does not exist"
+        return UserError(f"{path} cannot be read: {why}", "restore that file, or name another one")
+    cure = {
+        errno.ENOENT: f"check the path, which is relative to {relative_to}",
+        errno.ENOTDIR: f"check the path, which is relative to {relative_to}",
+        errno.ELOOP: "remove the symbolic link that leads back to itself, or name another path",
+        errno.EISDIR: "name a file in this folder",
+        errno.EACCES: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
+        errno.EPERM: f"let its owner permit it: chmod +r {shlex.quote(str(path))}",
+        errno.ENXIO: "name a file; this is a socket or a device",
+    }.get(fault.errno or 0, "check the disk, or copy the file again")
+    return UserError(f"{path} cannot be read: {fault.strerror or fault}", cure)
+
+
+def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
+    """The mistake that a file is in another encoding, or ends inside a character.
+
+    Args:
+        path: The file.
+        fault: The error of the line, or of the file, that is not UTF-8.
+
+    Returns:
+        The mistake.
+    """
+    if fault.reason == "unexpected end of data":
+        return UserError(f"{path} ends inside a character", "copy it again: its end is missing")
+    if fault.object[:2] == b"\x1f\x8b":
+        return UserError(
+            f"{path} is compressed by gzip", "uncompress it (gunzip), and name the result"
+        )
+    marked = fault.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
+    cause = "it is in UTF-16" if marked else fault.reason
+    written = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    file, new = (shlex.quote(str(each)) for each in (path, written))
+    encoding = "UTF-16" if marked else "CP1252"
+    return UserError(
+        f"{path} is not UTF-8: {cause}",
+        f"save it as UTF-8, e.g. iconv -f {encoding} -t UTF-8 {file} > {new}",
+    )
 
 
 @contextmanager

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import sys
 
 from kdcore.runs import interruption
 from kdcore_cli.interruption import AGAIN
+from kdcore_cli.standard_streams import prepare_streams
 
 
 def main() -> None:
     """Run the command line and exit with its code; an interruption gives 130 at any time."""
     try:
         interruption.stop_on_signals()
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # e.g. ASCII, which cannot show all texts
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         from kdcore_cli.main import run
 
         code = run(sys.argv[1:])

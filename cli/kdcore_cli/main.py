@@ -1,7 +1,7 @@
 """Command ``kdcore`` and its exit codes.
 
 The exit code is 0 for success, 2 for a mistake in the user's input, 1 for an internal error or a
-failed check, and 130 for an interruption.
+failed check, 130 for an interruption, and 141 if nobody reads the results any more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shlex
+import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ from kdcore_cli.commands.generate_command import generate
 from kdcore_cli.commands.report_command import report
 from kdcore_cli.commands.spec_commands import check, init, schema
 from kdcore_cli.interruption import AGAIN, Interrupted, InterruptedRun
+from kdcore_cli.standard_streams import READER_GONE, STDOUT, drop_results
 from kdcore_cli.terminal.console import mistake, say, tell, tell_traceback, warn_of_problems
 from kdcore_cli.terminal.quiet_libraries import silence_warnings
 
@@ -82,6 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         )
         if code == 130:
             raise KeyboardInterrupt
+        sys.stdout.flush()  # a full disk or a closed pipe may be known only now
         return code if isinstance(code, int) else 0
     except InterruptedRun:
         words = [word for word in arguments if word not in ("--overwrite", "--resume", "--debug")]
@@ -97,6 +100,10 @@ def run(arguments: Sequence[str]) -> int:
             say("yellow", "interrupted", AGAIN)
             return 130
         return _failed(fault, debug)
+    except SystemExit as stop:  # of typer, which ends the program at any closed pipe
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        return _failed(stop.__context__, debug)
 
 
 def _with_out(words: list[str]) -> list[str]:
@@ -108,8 +115,14 @@ def _with_out(words: list[str]) -> list[str]:
 
 def _failed(fault: Exception, debug: bool) -> int:
     """Print why a command failed, and return its exit code."""
+    if isinstance(fault, OSError) and fault.filename == STDOUT:
+        drop_results()  # what it still holds
+        if isinstance(fault, BrokenPipeError):
+            return READER_GONE
+        cause = f"the results cannot be printed: {fault.strerror}"
+        return _wrong(UserError(cause, "send stdout to another file"), debug)
     if isinstance(fault, UserError):
-        return _wrong(fault.cause, fault.cure, debug)
+        return _wrong(fault, debug)
     if isinstance(fault, typer.TyperException):
         if not fault.format_message():  # no arguments: the help was already shown
             return 2
@@ -120,11 +133,9 @@ def _failed(fault: Exception, debug: bool) -> int:
         field = _EXTRA_FIELD.search(fault.format_message())
         if context and field and any("--set" in each.opts for each in context.command.params):
             cure = f"write --set before each field: --set {field[1]}; {cure}"
-        return _wrong(fault.format_message(), cure, debug)
-    if refused := _refused_by_the_machine(fault):
-        return _wrong(*refused, debug)
-    if (broken := broken_package(fault)) is not None:
-        return _wrong(broken.cause, broken.cure, debug)
+        return _wrong(UserError(fault.format_message(), cure), debug)
+    if (refused := _refused_by_the_machine(fault)) or (refused := broken_package(fault)):
+        return _wrong(refused, debug)
     if debug:
         tell_traceback()
     mistake(
@@ -134,26 +145,28 @@ def _failed(fault: Exception, debug: bool) -> int:
     return 1
 
 
-def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | None:
-    """Return cause and cure when memory or disk is full, or a path cannot be used."""
+def _refused_by_the_machine(fault: BaseException | None) -> UserError | None:
+    """Return the mistake when memory or disk is full, or a path cannot be used."""
     try:
         Path.cwd()
     except OSError:
-        return "the working directory does not exist any more", "change to another folder (cd)"
+        return UserError(
+            "the working directory does not exist any more", "change to another folder (cd)"
+        )
     while fault is not None:
         said = str(fault)
         # torch's OutOfMemoryError is known by its name, since not every command imports torch.
         full = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
         if full or any(words in said for words in _MEMORY):
             asked = re.search(r"allocate ([\d.]+ \w+)", said)
-            return (
+            return UserError(
                 f"out of memory{f': {asked[1]} could not be allocated' if asked else ''}",
                 "lower batch_size, max_length or the sizes of a new model, or choose a smaller "
                 "model; `kdcore check` estimates the memory that a run requires",
             )
         if getattr(fault, "errno", None) == errno.ELOOP:
             named = getattr(fault, "filename", None) or "a path"
-            return (
+            return UserError(
                 f"{named} cannot be used: {os.strerror(errno.ELOOP)}",
                 "remove the symbolic link that leads back to itself, or name another path",
             )
@@ -161,13 +174,13 @@ def _refused_by_the_machine(fault: BaseException | None) -> tuple[str, str] | No
             named = str(getattr(fault, "filename", None) or "")
             begins = max(named.split(os.sep), key=len)[:60]
             why = os.strerror(errno.ENAMETOOLONG)
-            return f"path {begins!r}... cannot be used: {why}", "choose a shorter path"
+            return UserError(f"path {begins!r}... cannot be used: {why}", "choose a shorter path")
         for number, cure in _DISK.items():
             reason = os.strerror(number)
             # safetensors gives the reason in its message only
             if getattr(fault, "errno", None) == number or reason in said:
                 place = str(getattr(fault, "filename", None) or "a file").removesuffix(PART)
-                return (
+                return UserError(
                     f"{place} cannot be written: {reason}",
                     f"{cure}, then rerun the command (a run with --resume), or write to another "
                     "folder (--out)",
@@ -240,8 +253,8 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _wrong(cause: str, cure: str, debug: bool) -> int:
+def _wrong(fault: UserError, debug: bool) -> int:
     if debug:
         tell_traceback()
-    mistake(cause, cure)
+    mistake(fault.cause, fault.cure)
     return 2

@@ -300,3 +300,13 @@ def _spellings(text: str, target: LoadedModel) -> list[list[int]]:
 def _named(kind: str, name: str, registry: Registry) -> Choice:
     """A component with its default params."""
     return Choice(kind, name, registry.component(kind, name).params())
+
+
+def refuse_untrainable(choice: Choice, assembly: Assembly) -> None:
+    """Raises UserError for a drafter without weights of its own, before any model is loaded."""
+    if not hasattr(assembly.build(choice), "choose_vocabulary"):  # of a TrainedDrafter
+        raise UserError(
+            f"drafter '{choice.name}' is not trainable",
+            "choose another drafter: see `kdcore plugins list`",
+            "drafter",
+        )

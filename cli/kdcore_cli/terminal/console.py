@@ -13,6 +13,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from kdcore.components.registry import Registry
+from kdcore.errors import one_line
 from kdcore_cli.terminal.control_characters import escaped, escaped_json
 
 if TYPE_CHECKING:
@@ -36,22 +37,21 @@ def err() -> Console:
 
 
 def say(style: str, label: str, text: str) -> None:
-    """Print a labelled message to stderr, without wrapping, so that it can be searched and copied.
+    """Print a labelled line to stderr, without wrapping, so that it can be searched and copied.
 
     Args:
         style: rich style of the label.
-        label: Word before each line, without its colon.
-        text: Message, of one or more lines.
+        label: Word before the line, without its colon.
+        text: Message.
     """
     from rich.text import Text
 
-    for line in escaped(text).splitlines():
-        err().print(Text.assemble((f"{label}: ", style), line), soft_wrap=True)
+    err().print(Text.assemble((f"{label}: ", style), escaped(one_line(text))), soft_wrap=True)
 
 
 def tell(line: str) -> None:
     """Print a line to stdout, without wrapping."""
-    out().print(line, soft_wrap=True)
+    out().print(one_line(line), soft_wrap=True)
 
 
 def write(text: str) -> None:
@@ -73,13 +73,15 @@ def mistake(cause: str, cure: str) -> None:
     """Print a mistake in the user's input and its fix, with the options of the command line.
 
     Args:
-        cause: Description of the mistake.
-        cure: Instruction that fixes it.
+        cause: Description of the mistake, or of several, one a line.
+        cure: Instruction that fixes it, or several.
     """
     for argument, option in _OPTION_OF.items():
         cause, cure = cause.replace(argument, option), cure.replace(argument, option)
-    say("bold red", "error", cause)
-    say("bold green", "  fix", cure)
+    for line in cause.splitlines():
+        say("bold red", "error", line)
+    for line in cure.splitlines():
+        say("bold green", "  fix", line)
 
 
 def warn_of_problems(registry: Registry) -> None:

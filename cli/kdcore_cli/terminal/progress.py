@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from kdcore.errors import one_line
 from kdcore.runs.progress import Progress, Silent, Stage
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -63,7 +64,9 @@ class Bars:
         if self._depth == 0:
             self._bars.start()
         self._depth += 1
-        task = self._bars.add_task(name, total=total, completed=done, figures="", visible=total > 0)
+        task = self._bars.add_task(
+            one_line(name), total=total, completed=done, figures="", visible=total > 0
+        )
         try:
             yield _Bar(self._bars, task)
         finally:
@@ -74,7 +77,7 @@ class Bars:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._bars.console.print(line)
+        self._bars.console.print(one_line(line))
 
 
 class _Bar:
@@ -103,7 +106,7 @@ class Lines:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._console.print(line, soft_wrap=True)
+        self._console.print(one_line(line), soft_wrap=True)
 
 
 class _Counter:

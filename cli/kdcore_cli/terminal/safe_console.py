@@ -48,6 +48,10 @@ class SafeConsole(Console):
             super().print(*objects, **options)
         self.file.write(_PADDING.sub("", captured.get()))
 
+    def on_broken_pipe(self) -> None:
+        """Leave the error, which rich handles when it calls this, to the command line."""
+        raise
+
     def _fitted(self, table: Table) -> RenderableType:
         """The table with columns that do not break words, or as lines if these do not fit."""
         unlimited = self.options.update(max_width=_UNLIMITED)

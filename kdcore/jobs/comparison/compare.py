@@ -16,6 +16,7 @@ from typing import Any
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import THIS_PROGRAM, Registry, installed
+from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
@@ -52,6 +53,7 @@ from kdcore.runs.results import (
 )
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.train_drafter import TrainDrafterSpec
 
 
 def compare(
@@ -95,6 +97,7 @@ def compare(
     registry = registry or installed()
     progress = progress or Silent()
     _refuse_uninstalled(spec, registry)
+    _refuse_untrainable(spec, registry)
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     with connected(on):
         if share is not None:
@@ -232,6 +235,18 @@ def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
                 "runs in its own process, which loads installed plugins only",
                 "install it as a plugin (kdcore plugins new), or run each arm by itself",
             )
+
+
+def _refuse_untrainable(spec: CompareSpec, registry: Registry) -> None:
+    """Raises UserError for an arm with a drafter without weights, whose cells would all fail."""
+    assembly = Assembly(registry)
+    for arm, changes in spec.arms.items():
+        asked = changed(spec.base, changes, {"registry": registry})
+        if isinstance(asked, TrainDrafterSpec):
+            try:
+                refuse_untrainable(asked.drafter, assembly)
+            except UserError as wrong:
+                raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:

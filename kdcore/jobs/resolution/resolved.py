@@ -27,7 +27,7 @@ from kdcore.data.responses.endpoint.sampler import ServedSampler
 from kdcore.data.responses.endpoint.teacher import ServedTeacher
 from kdcore.data.rows import RowDataset
 from kdcore.data.source import DataSource
-from kdcore.decoding.protocols import TrainedDrafter
+from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, in_field
 from kdcore.evaluation.scores import Scores
 from kdcore.jobs.resolution.open_caches import open_cache, open_caches
@@ -348,6 +348,7 @@ class ResolvedDrafter:
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
         _refuse_reference(method.objective)
+        refuse_untrainable(spec.drafter, assembly)
         sources = _text_sources(spec, assembly)
         set_seed(spec.seed)  # for the initial weights of the drafter
         with (progress or Silent()).stage("load the target", 1) as stage:
@@ -357,12 +358,6 @@ class ResolvedDrafter:
                 drafter: Any = assembly.build(spec.drafter)
                 drafter.bind(target.model, target.tokenizer)
             stage.advance()
-        if not isinstance(drafter, TrainedDrafter):
-            raise UserError(
-                f"drafter '{spec.drafter.name}' is not trainable",
-                "choose another drafter: see `kdcore plugins list`",
-                "drafter",
-            )
         refuse_stream(spec, sources["train"], chosen=drafter.vocabulary is not None)
         DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
         return cls(spec, method, sources, target, drafter)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError, counted
+from kdcore.errors import UserError, counted, unreadable
 from kdcore.models.assembly import Assembly
 
 HELD_OUT = 500
@@ -36,6 +37,8 @@ FEW = 200
 """Number of rows below which several epochs take minutes."""
 SHOWN, WIDTH = 3, 60
 """Turns of the first conversation that are shown, and the characters of each."""
+_HTML = re.compile(r"<(?:p|br|div|span|table|ul|ol|li)\b[^<>]*>|&(?:nbsp|amp|[a-zA-Z]uml);", re.I)
+"""Marks of texts that a help desk exports as HTML."""
 _SECTION = re.compile(r"^data:\n(?:[ #].*\n|\n(?=[ #]))*", re.MULTILINE)
 
 
@@ -109,8 +112,14 @@ def _with_steps(text: str, rows: int, share: float) -> str:
 
 def _recognised(data: Path, registry: Registry) -> Choice:
     """The first installed source that reads the file, with its params."""
-    if not data.exists():
-        raise UserError(f"{data} does not exist", "check the path of --data")
+    try:
+        kind = data.stat().st_mode
+    except OSError as fault:
+        raise unreadable(data, fault, "the working directory") from fault
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be empty the second time
+        raise UserError(
+            f"{data} is neither a file nor a folder", "write what it says to a file, and name that"
+        )
     for component in (c for c, _ in registry.components() if c.kind == "source"):
         recognise = getattr(registry.attribute(component), "recognise", None)
         params = recognise(data) if recognise else None
@@ -213,6 +222,13 @@ def _findings(
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
+    marked = sum(
+        any(each.role == "assistant" and _HTML.search(each.content) for each in row.messages)
+        for row in rows
+    )
+    if 10 * marked > len(rows):
+        yield f"  {marked} of {len(rows)} have HTML in a response, which the student would learn to"
+        yield "  write: export plain text, or strip the tags"
     if share:
         some = f": {different} different prompts" if different < len(rows) else ""
         yield f"  held out: {share:g} %, chosen by what the conversations ask{some}"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, not_utf8, unreadable
 from kdcore.specs.parts.fields import ModelSpec
 
 
@@ -61,9 +61,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as fault:
-        raise UserError(
-            f"the chat template {path} cannot be read: {fault.strerror}",
-            "check the path (template), which is relative to the spec's folder",
-        ) from fault
+        raise unreadable(path, fault, "the spec's folder (template)") from fault
     except UnicodeDecodeError as fault:
-        raise UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8") from fault
+        raise not_utf8(path, fault) from fault

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry, installed
-from kdcore.errors import MOST_NAMES, UserError, nearest
+from kdcore.errors import MOST_NAMES, Mistakes, UserError, nearest, not_utf8, unreadable
 from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 from kdcore.specs.reading.mistakes import Mistake, mistakes, shown
@@ -196,19 +196,16 @@ class _Document:
         """The mistakes as one error, in the order of their lines; of many, the first ones."""
         every = sorted((self._origin_of(mistake.place), mistake) for mistake in found)
         ordered = every[:MOST_NAMES]
-        cause = "\n".join(
-            f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
-            for (_, label), m in ordered
-        )
-        if len(every) > MOST_NAMES:
-            cause += f"\n... and {len(every) - MOST_NAMES} more mistakes"
-        if len({mistake.cure for _, mistake in ordered}) == 1:
-            return UserError(cause, ordered[0][1].cure)
-        cures = [
-            f"{m.dotted}: {m.cure.removeprefix('change it; ').removeprefix(f'{m.place[-1]}: ')}"
-            for _, m in ordered
-        ]
-        return UserError(cause, "\n".join(cures))
+        one_cure = len({mistake.cure for _, mistake in ordered}) == 1
+        placed = []
+        for (_, label), m in ordered:
+            cause = f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
+            cure = m.cure
+            if not one_cure:
+                cure = cure.removeprefix("change it; ").removeprefix(f"{m.place[-1]}: ")
+                cure = f"{m.dotted}: {cure}"
+            placed.append(UserError(cause, cure))
+        return placed[0] if len(every) == 1 else Mistakes(placed, len(every) - len(placed))
 
     def _replaced(self, place: Place, label: str) -> None:
         kept = {p: o for p, o in self._origin.items() if p[: len(place)] != place}
@@ -249,12 +246,10 @@ def _text(file: Path) -> str:
         raise UserError(f"file not found: {file}", cure) from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder", "give the path of the spec file inside it") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text", "save it as UTF-8") from None
+    except UnicodeDecodeError as fault:
+        raise not_utf8(file, fault) from None
     except OSError as fault:
-        raise UserError(
-            f"cannot read {file}: {fault.strerror}", "check the file's permissions"
-        ) from None
+        raise unreadable(file, fault, "the working directory") from None
 
 
 def _flags_as_numbers(given: Any, taken: Any, place: Place = ()) -> Iterator[Mistake]:

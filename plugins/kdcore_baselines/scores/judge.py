@@ -30,7 +30,7 @@ class WinRate:
 
     The judge compares each pair twice, with the answer in the first place and in the second, and
     the value is the mean: a judge that always prefers one place gives 0.5. A response without a
-    verdict counts as a tie.
+    verdict counts as a tie; a judge that gives fewer verdicts than one in two is refused.
     """
 
     title, format = "win rate against the references", ".1%"
@@ -53,9 +53,10 @@ class WinRate:
         for place, value in self._client.each(requests, self._params.at_once):
             found[place] += (0.5 if value is None else value) / 2
             read += value is not None
-        if answers and not read:
+        if 2 * read < len(requests):  # ties by default would hide what the judge thinks
             raise UserError(
-                f"the judge {self._params.judge.model} does not give a verdict on any answer",
+                f"the judge {self._params.judge.model} gives a verdict in {read} of "
+                f"{len(requests)} responses",
                 "choose a model that follows instructions, or raise max_new_tokens of win_rate",
             )
         return found

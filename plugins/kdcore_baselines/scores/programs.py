@@ -12,7 +12,7 @@ from kdcore_baselines.scores.components import PassParams
 from kdcore_baselines.scores.mathematics import kept_field
 from kdcore_baselines.scores.sandbox import Limits, passes
 
-_BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"([ \t]*)```[^\n]*\n(.*?)(?:[ \t]*```|\Z)", re.DOTALL)
 
 
 class PassAtOne:
@@ -48,11 +48,9 @@ class PassAtOne:
         return [float(passes(self._program(each), self._limits)) for each in answers]
 
     def _program(self, answered: Answered) -> str:
-        code = code_in(answered.answer)
         name = self._name(answered)
-        if name is not None and not re.search(
-            rf"^(async +)?(def|class) +{re.escape(name)}\b", code, re.MULTILINE
-        ):
+        code = code_in(answered.answer, name)
+        if name is not None and not _defines(code, name):
             # the answer continues the prompt, whose function it completes
             code = f"{code_in(answered.question)}\n{code}"
         return f"{code}\n\n{self._code_of_tests(answered)}\n"
@@ -83,7 +81,28 @@ def _runs(limits: Limits) -> bool:
     return passes("assert 1 + 1 == 2", limits)
 
 
-def code_in(text: str) -> str:
-    """Return the code of a text: its last fenced block, or all of it if there is none."""
-    blocks = _BLOCK.findall(text)
-    return blocks[-1] if blocks else text
+def code_in(text: str, name: str | None = None) -> str:
+    """Return the code of a text.
+
+    An answer often ends with an example of a call, in a block of its own. So the code is the last
+    fenced block with a definition, else the last block, else the whole text.
+
+    Args:
+        text: The text.
+        name: Function or class that the code defines (default: any).
+
+    Returns:
+        The code, without the indentation of its fence.
+    """
+    blocks = [_outdented(code, indent) for indent, code in _BLOCK.findall(text)]
+    return ([code for code in blocks if _defines(code, name)] or blocks or [text])[-1]
+
+
+def _defines(code: str, name: str | None) -> bool:
+    wanted = r"\w+" if name is None else re.escape(name)
+    return re.search(rf"^(async +)?(def|class) +{wanted}\b", code, re.MULTILINE) is not None
+
+
+def _outdented(code: str, indent: str) -> str:
+    """Code of a fenced block in an item of a list."""
+    return re.sub(rf"^{re.escape(indent)}", "", code, flags=re.MULTILINE)

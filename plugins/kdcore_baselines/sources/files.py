@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.examples import Examples
-from kdcore.errors import UserError
+from kdcore.errors import UserError, unreadable
 from kdcore.models.folder.files import file_digest
 from kdcore_baselines.sources.components import (
     ChatParams,
@@ -29,7 +29,7 @@ from kdcore_baselines.sources.conversations.selection import (
     selection,
     selects,
 )
-from kdcore_baselines.sources.json_lines import lines_of, row_of, unreadable
+from kdcore_baselines.sources.json_lines import WHERE, lines_of, row_of
 
 Rows = TypeVar("Rows", bound=Sized)
 
@@ -158,4 +158,4 @@ def digest_of(path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as fault:
-        raise unreadable(path, fault) from fault
+        raise unreadable(path, fault, WHERE) from fault

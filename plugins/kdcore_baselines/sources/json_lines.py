@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, not_utf8, unreadable
 
+WHERE = "the spec's folder (for an option, to the working directory)"
+"""Folder that the path of a source is relative to."""
 LONGEST = 2**26
 """Bytes of a line; a file without line ends would fill the memory."""
 NAMED = 5
@@ -42,7 +44,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
                     yield number, offset, line
                 offset += len(line)
     except OSError as fault:
-        raise unreadable(path, fault) from fault
+        raise unreadable(path, fault, WHERE) from fault
 
 
 def row_of(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
@@ -60,6 +62,11 @@ def row_of(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
         UserError: The line is not a JSON object in UTF-8.
     """
     place = f"{path.name}:{number}"
+    if b"\0" in line and line[:2] not in (BOM_UTF16_LE, BOM_UTF16_BE):
+        raise UserError(
+            f"{place} contains NUL bytes: the file is in UTF-16, or damaged",
+            "save it as UTF-8, or copy it again",
+        )
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as fault:
@@ -98,17 +105,3 @@ def _also_invalid(path: Path, number: int) -> str:
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     named = ", ".join(map(str, found[:NAMED]))
     return f" (and lines {named}{more})" if found else ""
-
-
-def unreadable(path: Path, fault: OSError) -> UserError:
-    """The message that a file cannot be read."""
-    return UserError(
-        f"{path} cannot be read: {fault.strerror}",
-        "check the path, which is relative to the spec's folder (for an option, to the working "
-        "directory)",
-    )
-
-
-def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
-    """The message that a file is in another encoding."""
-    return UserError(f"{path} is not UTF-8: {fault.reason}", "save it as UTF-8")

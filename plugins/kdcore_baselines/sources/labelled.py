@@ -16,12 +16,12 @@ import torch
 
 from kdcore import BuildContext, Row
 from kdcore.data.encoded.examples import Examples
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, nearest, not_utf8, unreadable
 from kdcore_baselines.sources.components import LabelledTextParams
 from kdcore_baselines.sources.conversations.selection import some
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 from kdcore_baselines.sources.files import CODE, digest_of
-from kdcore_baselines.sources.json_lines import not_utf8, unreadable
+from kdcore_baselines.sources.json_lines import WHERE
 from kdcore_baselines.sources.parts import stratified
 
 
@@ -210,7 +210,7 @@ def _records(path: Path) -> Iterator[_Record]:
                     yield _Record(start, end, reader.line_num, fields)
                 start = end
     except OSError as fault:
-        raise unreadable(path, fault) from fault
+        raise unreadable(path, fault, WHERE) from fault
     except UnicodeDecodeError as fault:
         raise not_utf8(path, fault) from fault
     except csv.Error as fault:

@@ -25,6 +25,7 @@ from kdcore_cli.terminal.progress import Bars, Lines
 from kdcore_cli.terminal.safe_console import SafeConsole
 from kdcore_cli.terminal.tables import show_facts, table
 from tests.cli.conftest import RESULTS, Kdcore
+from tests.kdcore.specs.test_file import GOOD
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\u202eb\ud800[red]c[/nothing]\n\td"
 SHOWN = r"a\x1b]0;title\x07\x1b[2J\x9b2J\x7f\u202eb\ud800[red]c[/nothing]"
@@ -91,7 +92,7 @@ def test_stages_and_notes_show_them(display: Any) -> None:
         stage.advance()
     written = of_the_text(console.file.getvalue())  # type: ignore[attr-defined]
     assert is_plain(written)
-    assert SHOWN in written
+    assert SHOWN + r"\n" in written, "on one line"
 
 
 def test_a_style_stays_where_it_was() -> None:
@@ -134,10 +135,25 @@ def test_a_run_shows_those_of_its_prompts_answers_and_errors(
 
 
 def test_a_wrong_word_on_the_command_line_shows_them(kdcore: Kdcore, tmp_path: Path) -> None:
-    for words in (["check", HOSTILE], [HOSTILE], ["check", "--set", HOSTILE]):
+    Path("spec.yaml").write_text(GOOD)
+    hostile = HOSTILE.replace("\ud800", "\udcff")  # how Python shows a byte that is not UTF-8
+    for words in (
+        ["check", HOSTILE],
+        [HOSTILE],
+        ["check", "--set", HOSTILE],
+        ["check", "spec.yaml", "--set", f"{HOSTILE}=1"],
+        ["check", "spec.yaml", "--set", f"teacher.model={HOSTILE}"],
+        ["evaluate", hostile],
+        ["report", hostile],
+        ["init", "new.yaml", "--data", hostile],
+        ["plugins", "show", hostile],
+        ["generate", hostile],
+    ):
         said = kdcore(*words)
-        assert said.code == 2
+        assert said.code == 2, words
         assert is_plain(said.err)
+        labels = [line.split(":")[0] for line in said.err.splitlines()]
+        assert labels == ["error", "  fix"], said.err
 
 
 def test_nothing_is_printed_past_the_console() -> None:

@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read(spec_file: Path) -> None:
         ("spec.yml", "file not found: spec.yml", "did you mean 'spec.yaml'?"),
         ("nowhere/spec.yaml", "file not found: nowhere/spec.yaml", "run `kdcore init`"),
         (".", ". is a folder", "give the path of the spec file inside it"),
-        ("spec.yaml", "spec.yaml is not UTF-8 text", "save it as UTF-8"),
+        ("spec.yaml", "spec.yaml is not UTF-8: invalid start byte", "save it as UTF-8"),
     ):
         with pytest.raises(UserError) as caught:
             read_spec(Path(path), registry=registry())

@@ -218,6 +218,20 @@ def test_programs_of_humaneval_and_mbpp() -> None:
     assert code_in("```\na\n```\nthen ```py\nb\n```") == "b\n" and code_in("a") == "a"
 
 
+def test_an_example_of_a_call_behind_a_program_is_not_its_code() -> None:
+    said = "So:\n1. Write\n   ```python\n   def twice(n):\n       return n + n\n   ```\n"
+    said += "2. Try\n   ```python\n   print(twice(input()))\n   ```\n"
+    tests = "def check(candidate):\n    assert candidate(2) == 4\n"
+    for row in (
+        answered(said, "", "Write it.", test=tests, entry_point="twice"),
+        answered(said + "```\ndef other(): pass\n```", "", "", test=tests, entry_point="twice"),
+    ):
+        assert PassAtOne(run_code=True, tests="test", entry_point="entry_point")([row]) == [1.0]
+    row = answered(said, "assert twice(1) == 2")
+    assert PassAtOne(run_code=True)([row]) == [1.0]
+    assert code_in("```\n    return 2 * n\n```") == "    return 2 * n\n", "completes a prompt"
+
+
 def test_what_is_not_a_test_or_not_consented_to_is_refused() -> None:
     with pytest.raises(UserError, match="run_code"):
         PassAtOne()
@@ -250,7 +264,8 @@ def test_a_judge_is_asked_in_both_orders(say: Any, value: float) -> None:
 
 
 def test_a_judge_without_a_verdict_is_refused() -> None:
-    with served(Endpoint(tiny_model(), instead=lambda text: completion("hm"))) as running:
+    said = iter(["[[A]]", *["hm"] * 3])
+    with served(Endpoint(tiny_model(), instead=lambda text: completion(next(said)))) as running:
         judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
-        with pytest.raises(UserError, match="does not give a verdict on any answer"):
-            WinRate(judge=judge)([answered("mine", "yours")])
+        with pytest.raises(UserError, match="gives a verdict in 1 of 4 responses"):
+            WinRate(judge=judge)([answered("mine", "yours")] * 2)

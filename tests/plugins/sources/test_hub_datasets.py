@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +22,11 @@ from kdcore.components.choice import Choice, OfKind
 from kdcore.components.registry import installed
 from kdcore.data.conversation import Conversation
 from kdcore.errors import UserError
+from kdcore.jobs.starters.own_data import spec_of
 from kdcore.models.assembly import Assembly
 from kdcore.testing.source import SourceSuite
+from kdcore_baselines.sources.components import DatasetParams
+from kdcore_baselines.sources.hub.loading import refused_data
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
 
@@ -230,6 +236,41 @@ def test_mistakes_have_one_line_of_cause_and_cure(
     assert said[1] == "unset HF_HUB_OFFLINE to download it once, or name local data"
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert cause(path=path)[1] == 'run: pip install "kdcore[datasets]"'
+
+
+def test_files_that_are_damaged_or_no_files_have_cures_that_fit(tmp_path: Path) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in 99 * ROWS).encode()
+    packed = gzip.compress(rows + random.Random(0).randbytes(9999))
+    cut, plain, pipe = (tmp_path / name for name in ("a.jsonl.gz", "b.csv.gz", "c.csv"))
+    cut.write_bytes(packed[: len(packed) // 2])
+    plain.write_text("question,answer\n")
+    os.mkfifo(pipe)
+    (tmp_path / "link.csv").symlink_to("gone.csv")
+    for path in (cut, plain):
+        said = cause(path=path)
+        assert said[0].startswith(f"{path} cannot be read: ")
+        assert said[1].startswith("copy or download it again"), said
+    assert cause(path=pipe)[0] == f"{pipe} is neither a file nor a folder"
+    assert cause(path=tmp_path / "link.csv")[1] == "restore that file, or name another one"
+    denied = PermissionError(errno.EACCES, "Permission denied", str(plain))
+    told = refused_data(DatasetParams(path=str(plain)), denied)
+    assert told.cure == f"let its owner permit it: chmod +r {plain}"
+
+
+@pytest.mark.parametrize("file", ["link.jsonl", "pipe.jsonl", "cut.csv.gz"])
+def test_own_data_that_cannot_be_read_are_refused_before_a_spec_is_written(
+    file: str, tmp_path: Path
+) -> None:
+    path = tmp_path / file
+    if file == "link.jsonl":
+        path.symlink_to("gone.jsonl")
+    elif file == "pipe.jsonl":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(gzip.compress(b"question,answer\n" * 999)[:-9])
+    registry = installed()
+    with pytest.raises(UserError, match=r"cannot be read|neither a file nor a folder"):
+        spec_of(registry.job("distill"), path, tmp_path / "spec.yaml", registry)
 
 
 @pytest.mark.parametrize(

@@ -429,3 +429,46 @@ def test_a_cut_row_after_the_first_ones_is_left_out(tmp_path: Path, cut: dict[st
         found, told = made(file.name, tmp_path)
         assert found.data.train.params.tidy and "left out for want of a response: 1 " in told
         assert len(read(found.data.train)) + len(read(found.data.heldout)) == 230
+
+
+def test_answers_in_html_are_told(tmp_path: Path) -> None:
+    path, registry = tmp_path / "rows.jsonl", installed()
+    row = {"prompt": "How do <p> and <br> differ?", "response": "Hello,<br/>it is so."}
+    path.write_text("".join(json.dumps(row | {"prompt": f"{n}?"}) + "\n" for n in range(3)))
+    found = spec_of(registry.job("distill"), path, tmp_path / "spec.yaml", registry).findings
+    assert "  3 of 3 have HTML in a response, which the student would learn to" in found
+    path.write_text(json.dumps(row | {"response": "One is a & b, the other x < y > z."}) + "\n")
+    found = spec_of(registry.job("distill"), path, tmp_path / "spec.yaml", registry).findings
+    assert not any("HTML" in line for line in found)
+
+
+def test_a_help_desk_s_tables_in_another_language(tmp_path: Path) -> None:
+    """Times of few values are no roles; prose is no conversation's number; who answers no side."""
+    turns = [
+        {"Ticket Nr": f"{n}", "Erstellt am": day, "Absender": who, "Nachricht": said}
+        for n in range(9)
+        for day, who, said in (
+            ("2025-01-02 10:00", "Kunde", f"Wo ist Paket {n}?"),
+            ("2025-01-02 10:01", "System", ""),
+            ("2025-01-03 09:00", "Mitarbeiter", f"Paket {n} ist da."),
+        )
+    ]
+    assert fields_of(turns, "tickets.csv") == {
+        "group": "Ticket Nr",
+        "role": "Absender",
+        "content": "Nachricht",
+        "roles": {"Kunde": "user", "Mitarbeiter": "assistant"},
+        "tidy": True,
+    }
+    who = ("Anna", "Bert")
+    pairs = [
+        {
+            "Nr": f"{n}",
+            "Kundenanfrage": f"Wo bleibt denn mein Paket Nummer {n}, bitte?",
+            "Antwort Agent": f"Es liegt für Sie im Laden bereit, Fach {n % 3}." if n % 9 else "",
+            "Bearbeiter": who[n % 2],
+        }
+        for n in range(30)
+    ]
+    found = fields_of(pairs, "faq.csv")
+    assert found == {"prompt": "Kundenanfrage", "response": "Antwort Agent", "tidy": True}

@@ -229,6 +229,24 @@ LEARNED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     ),
 }  # fmt: skip
 
+LEARNED |= {
+    "SciQ": (
+        {
+            "question": "Where is it?",
+            "correct_answer": "Over there.",
+            "support": "As is well known, it is over there.",
+        },
+        f"{THINK}Over there.{END}",
+        {unread("support")},
+    ),
+    "choices that the prompt repeats": (
+        {"prompt": "Where? There. Here.", "response": "There.", "choices": ["There.", "Here."]},
+        ONE,
+        {unread("choices")},
+    ),
+    "The Stack": ({"content": "A long text.", "size": 9}, f" long text.{END}", set()),
+}
+
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "glaive": (
         {"system": "SYSTEM: You can call.", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"},
@@ -267,8 +285,114 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "MMLU": (
         {"question": "Where?", "choices": ["There.", "Here."], "answer": 1},
-        "rows.jsonl:1: the response must be a string, not 1",
+        "the rows are questions with answers to choose from (choices)",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "ARC": (
+        {
+            "question": "Where?",
+            "choices": {"text": ["There.", "Here."], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "the rows are questions with answers to choose from (choices)",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "HellaSwag": (
+        {"ctx_a": "A man runs.", "ctx": "A man runs. He", "endings": ["sits.", "stops."]},
+        "the rows are questions with answers to choose from (endings)",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "RACE": (
+        {
+            "article": "A long text.",
+            "question": "Where?",
+            "options": ["There.", "Here."],
+            "answer": "A",
+        },
+        "the rows are questions with answers to choose from (options)",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "BoolQ": (
+        {"question": "Is it there?", "answer": True, "passage": "It is there."},
+        "rows.jsonl:1: the response must be a string, not True",
         "response: FIELD",
+    ),
+    "PKU-SafeRLHF": (
+        {
+            "prompt": "Where is it?",
+            "response_0": "Over there.",
+            "response_1": "I see.",
+            "better_response_id": 1,
+        },
+        "several responses to a prompt: response_0, response_1",
+        "prompt: prompt, response: response_0}",
+    ),
+    "WebGPT comparisons": (
+        {"question": {"full_text": "Where?"}, "answer_0": "Over there.", "answer_1": "I see."},
+        "several responses to a prompt: answer_0, answer_1",
+        "prompt: FIELD, response: answer_0}",
+    ),
+    "SHP": (
+        {
+            "history": "Where is it?",
+            "human_ref_A": "Over there.",
+            "human_ref_B": "I see.",
+            "labels": 1,
+        },
+        "several responses to a prompt: human_ref_A, human_ref_B",
+        "response: human_ref_A}",
+    ),
+    "stack-exchange-paired": (
+        {"question": "Where is it?", "response_j": "Over there.", "response_k": "I see."},
+        "several responses to a prompt: response_j, response_k",
+        "prompt: question, response: response_j}",
+    ),
+    "WinoGrande": (
+        {"sentence": "It is _ now.", "option1": "there", "option2": "here", "answer": "1"},
+        "the rows are questions with answers to choose from (option1 and option2)",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "Chatbot Arena": (
+        {
+            "conversation_a": [USER, ASSISTANT],
+            "conversation_b": [USER, ASSISTANT],
+            "winner": "model_b",
+        },
+        "the rows have several conversations: conversation_a, conversation_b",
+        "messages: conversation_a}",
+    ),
+    "UltraFeedback": (
+        {
+            "instruction": "Where?",
+            "completions": [{"model": m, "response": f"There, {m}."} for m in "ab"],
+        },
+        "several responses to a prompt, in 'completions'",
+        '{"prompt": ..., "response": ...}',
+    ),
+    "QNLI": (
+        {"question": "Where is it?", "sentence": "It is there.", "label": 0},
+        "the rows have a label ('label') of several texts",
+        "join question and sentence to one column",
+    ),
+    "QQP": (
+        {"question1": "Where is it?", "question2": "Is it there?", "label": 0},
+        "the rows have a label ('label') of several texts",
+        "join question1 and question2 to one column",
+    ),
+    "STS-B": (
+        {"sentence1": "It is there.", "sentence2": "It is here.", "label": 3.8},
+        "the rows have a label ('label') of several texts",
+        "join sentence1 and sentence2 to one column",
+    ),
+    "CLINC": (
+        {"text": "Where is it?", "intent": "place"},
+        "have a label ('intent')",
+        "text: text, label: intent}",
+    ),
+    "OpenAssistant's trees": (
+        {"prompt": {"text": "Where?", "role": "prompter", "replies": []}},
+        "no field of",
+        'messages: [{"role": "user", "content": ...}, ...]',
     ),
     "AG News": (
         {"text": "A text on news.", "label": 2},
@@ -335,3 +459,11 @@ def test_what_cannot_be_learned_is_refused_with_what_to_type(name: str, tmp_path
     with pytest.raises(UserError) as raised:
         source(written(row, tmp_path)).read()
     assert cause in raised.value.cause and cure in raised.value.cure
+
+
+def test_prompts_of_several_turns_await_the_model(tmp_path: Path) -> None:
+    """MT-Bench's second turn is the user's, and no answer to the first one."""
+    path = written({"turns": ["Where?", "And when?"], "category": "a"}, tmp_path)
+    assert spec_for(path).data.responses.by == "teacher"
+    conversation, _ = source(path).read()
+    assert {message.role for message in conversation.messages} == {"user"}

@@ -412,6 +412,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert cause() == f"{path} has no rows"
     path.write_bytes(b'{"prompt": "\xff"}')
     assert cause() == f"{path} is not UTF-8: invalid start byte"
+    path.write_bytes('{"prompt": "q"}\n'.encode("utf-16"))
+    assert cause() == f"{path} is not UTF-8: it is in UTF-16"
+    path.write_bytes('{"prompt": "q"}\n'.encode("utf-16-le"))
+    assert cause() == "rows.jsonl:1 contains NUL bytes: the file is in UTF-16, or damaged"
+    path.write_bytes('{"prompt": "\xfc'.encode()[:-1])
+    assert cause() == f"{path} ends inside a character"
+    path.unlink()
+    path.mkdir()
+    assert cause() == f"{path} cannot be read: Is a directory"
 
 
 def labelled(tmp_path: Path, content: str, **params: Any) -> LabelledTextSource:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.conversations.columns import (
+    PROMPTS,
+    RESPONSES,
+    SIDES,
+    names_of,
+    texts_of,
+    words_of,
+)
+from kdcore_baselines.sources.conversations.other_rows import (
+    refuse_alternatives,
+    refuse_choices,
+    refuse_labelled,
+    refuse_transcripts,
+)
 from kdcore_baselines.sources.conversations.rows import (
     ANSWERS,
     TURNS,
@@ -28,24 +41,12 @@ SAMPLE = 200
 """Number of rows that decide what the fields mean, from the first."""
 _ROLES, _ROLE = 4, 30
 """Most values of a column with roles of unknown names, and their most characters."""
-_PROMPTS = {
-    *("prompt", "instruction", "question", "query", "problem", "input", "ask", "user"),
-    *("customer", "client", "request", "message", "issue", "inquiry", "ticket", "body"),
-}
-_RESPONSES = {
-    *("response", "completion", "output", "answer", "reply", "solution", "resolution", "agent"),
-    *("assistant", "support", "bot", "gpt", "target", "chosen"),
-}
+_DATE = 4
+"""Fewest digits of a date, which a role does not have."""
 _SAID = {"data", "turn", "utterance", "dialog", "dialogue", "chat", "conversation", "message"}
 """Words of a field with the texts of both sides in turn."""
 _WORSE = {"rejected", "loser"}
 """Words of a field with a response that nobody should learn."""
-_LABELS = ("label", "labels", "fine_label", "coarse_label", "class", "category", "sentiment")
-_SIDES = (
-    re.compile(r"(?i)\b(human|user|prompter)(:|\|\]|\|>)|<\|im_start\|>user|\[INST\]"),
-    re.compile(r"(?i)\b(assistant|ai|gpt|bot)(:|\|\]|\|>)|<\|im_start\|>assistant|\[/INST\]"),
-)
-"""What stands before the turns of the two sides in a text that holds a whole conversation."""
 _GROUPS = {
     "conversation",
     "conv",
@@ -77,11 +78,12 @@ def fields_of(every: Iterable[Mapping[str, Any]], origin: str) -> dict[str, Any]
     rows = (every := list(every))[:SAMPLE]
     if not rows:
         raise UserError(f"{origin} has no rows", "name a file with at least one row")
-    found, names = _guessed(rows, origin), _names(rows)
+    refuse_choices(rows)
+    found, names = _guessed(rows, origin), names_of(rows)
     if "messages" not in found and not names.keys() & {*TURNS}:
         usual = next((name for name in ANSWERS if name in names), "prompt")
         prompt = found.get("prompt", found.get("text", usual))
-        _refuse_transcripts(rows, [prompt, found.get("response", ""), *ANSWERS.get(prompt, ())])
+        refuse_transcripts(rows, [prompt, found.get("response", ""), *ANSWERS.get(prompt, ())])
     return _for_all(every, found)
 
 
@@ -89,17 +91,19 @@ def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
     """The params, by the first guess that reads the rows."""
     if (read := _tidied(rows, {})) is not None:
         return read
+    refuse_alternatives(rows)
     for guess in (_of_turns, _of_known_roles, _of_named_columns, _of_own_roles, _of_columns):
         if (params := guess(rows)) is not None:
             return params if (read := _tidied(rows, params)) is None else read
-    _refuse_transcripts(rows, _names(rows))
-    if _names(rows).keys() & {*TURNS}:  # the reader says what is wrong with them
+    refuse_transcripts(rows, names_of(rows))
+    if names_of(rows).keys() & {*TURNS}:  # the reader says what is wrong with them
         usual = ConversationParams.model_validate({})
         ConversationRows(usual, "chat").read(rows[0], f"{origin}:1")
     raise UserError(
         f"no field of {origin} looks like a prompt or a list of turns; its fields are "
-        f"{', '.join(_names(rows)) or '(none)'}",
-        "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}",
+        f"{', '.join(names_of(rows)) or '(none)'}",
+        "name them in a spec by hand: {name: ..., path: ..., prompt: FIELD, response: FIELD}, or "
+        'write rows with messages: [{"role": "user", "content": ...}, ...]',
     )
 
 
@@ -152,9 +156,11 @@ def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> l
 
 def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A field holds lists of turns."""
-    for field in _names(rows):
+    for field in names_of(rows):
+        if field == "turns" and _are_texts(rows, field):  # prompts, as in MT-Bench
+            return {}
         turns = [turn for row in rows for turn in turns_in(row.get(field))]
-        if exchanged(turns) or (_words(field) & _SAID and _are_texts(rows, field)):
+        if exchanged(turns) or (words_of(field) & _SAID and _are_texts(rows, field)):
             return {"messages": field}
         named = names_of_turns(turns) if turns else None
         if named is None or not _speak(turns, named["role"]):
@@ -185,16 +191,16 @@ def _answering(rows: Sequence[Mapping[str, Any]], asked: str) -> list[str]:
     """The fields with the responses to prompts that are turns."""
     return [
         name
-        for name in _names(rows)
+        for name in names_of(rows)
         if name != asked
-        and _words(name) & _RESPONSES
+        and words_of(name) & (RESPONSES | SIDES)
         and all(isinstance(row.get(name), str) or turns_in(row.get(name)) for row in rows)
     ]
 
 
 def _of_known_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Each row is a turn: one field names the role, another the conversation."""
-    found = {name: set(texts) for name, texts in _texts(rows).items()}
+    found = {name: set(texts) for name, texts in texts_of(rows).items()}
     known = (name for name, roles in found.items() if len(roles) > 1 and all(map(is_role, roles)))
     role = next(known, None)
     return _of_one_turn_per_row(rows, role, _group(rows, role)) if role else None
@@ -202,7 +208,7 @@ def _of_known_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _of_own_roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Each row is a turn, and the roles have names of their own."""
-    for role, texts in _texts(rows).items():
+    for role, texts in texts_of(rows).items():
         if _like_roles(texts) and (group := _group(rows, role)) is not None:
             return _of_one_turn_per_row(rows, role, group)
     return None
@@ -213,20 +219,25 @@ def _of_one_turn_per_row(
 ) -> dict[str, Any] | None:
     if group is None:
         return None
-    texts = _texts(rows)
+    texts = texts_of(rows)
     named = names_of_turns([{n: row.get(n) for n in texts if n != group} for row in rows], role)
     return named and {"group": group, **named}
 
 
 def _like_roles(texts: Sequence[str]) -> bool:
-    """Whether texts are few short values, each of them more than once."""
+    """Whether texts are few short values, each of them more than once, and no dates."""
     values = set(texts)
+    if any(sum(map(str.isdigit, value)) >= _DATE for value in values):
+        return False
     return 1 < len(values) <= min(_ROLES, len(texts) // 2) and max(map(len, values)) <= _ROLE
 
 
 def _group(rows: Sequence[Mapping[str, Any]], role: str) -> str | None:
     """The field whose rows of one value are a conversation, in which several roles speak."""
-    for name in sorted(_names(rows), key=lambda name: not _words(name) & _GROUPS):
+    for name in sorted(names_of(rows), key=lambda name: not words_of(name) & _GROUPS):
+        said = [value for row in rows if isinstance(value := row.get(name), str)]
+        if 2 * sum(" " in value and len(value) > _ROLE for value in said) > len(rows):  # prose
+            continue
         roles: dict[str, set[str]] = {}
         for row in rows:
             roles.setdefault(str(row.get(name)), set()).add(str(row.get(role)))
@@ -241,10 +252,10 @@ def _of_named_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
     A column of two values, such as whether a ticket is closed, would else look like roles.
     """
-    params, texts = _of_columns(rows) or {}, _texts(rows)
-    for side, known in (("prompt", _PROMPTS), ("response", _RESPONSES)):
+    params, texts = _of_columns(rows) or {}, texts_of(rows)
+    for side, known in (("prompt", PROMPTS), ("response", RESPONSES | SIDES)):
         found = texts.get(name := params.get(side, ""), [])
-        named = bool(_words(name) & known) and len(set(found)) > _ROLES
+        named = bool(words_of(name) & known) and len(set(found)) > _ROLES
         if not named or sum(map(len, found)) <= _ROLE * len(found):  # e.g. the agent's name
             return None
     return params
@@ -252,86 +263,27 @@ def _of_named_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
 def _of_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """One field holds the prompt, and another one, if any, the response."""
-    texts = _texts(rows)
-    _refuse_labelled(rows, texts)
+    texts = texts_of(rows)
+    refuse_labelled(rows)
     long = {
         n: sum(map(len, found)) / len(found) for n, found in texts.items() if len(set(found)) > 1
     }
     prose = [name for name in long if any(" " in text.strip() for text in texts[name])]
-    response = _longest(long, [name for name in prose if _words(name) & _RESPONSES])
-    others = [name for name in prose if name != response and not _words(name) & _WORSE]
-    prompt = _longest(long, [name for name in others if _words(name) & _PROMPTS])
+    named = [[name for name in prose if words_of(name) & words] for words in (RESPONSES, SIDES)]
+    response = _longest(long, named[0] or named[1])
+    others = [name for name in prose if name != response and not words_of(name) & _WORSE]
+    prompt = _longest(long, [name for name in others if words_of(name) & PROMPTS])
     if prompt is None and response is None and len(prose) > 1:  # names of another language
         longest = sorted(prose, key=lambda name: -long[name])[:2]
         prompt, response = sorted(longest, key=prose.index)
     prompt = prompt or _longest(long, others)
     if prompt is None:
         return None
-    if prompt == "text" and response is None:  # a corpus
+    if prompt in ("text", "content") and response is None:  # a corpus
         return {"text": prompt}
     usual = prompt in ANSWERS and response is None
     return {} if usual else {"prompt": prompt} | ({"response": response} if response else {})
 
 
-def _refuse_labelled(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]) -> None:
-    """Raises UserError for rows of a classifier: a text or an image, and its label."""
-    names = _names(rows)
-    label = next((each for each in _LABELS if each in names), None)
-    image = next((name for name in ("image", "img") if name in names), None)
-    text = next((name for name in ("text", "sentence", "content") if name in texts), None)
-    asks = any(_words(name) & _PROMPTS for name in texts)
-    numbers = label in ("label", "labels") and all(isinstance(r.get(label), int) for r in rows)
-    if (
-        label is not None
-        and numbers
-        and not asks
-        and image is None
-        and text is None
-        and len(texts) > 1
-    ):
-        raise UserError(
-            f"the rows have a label ('{label}') of several texts, and are not conversations",
-            f"join {' and '.join(texts)} to one column, then write train: "
-            f"{{name: labelled_dataset, path: ..., text: COLUMN, label: {label}}}",
-        )
-    if label is None or (image is None and (text is None or asks)):
-        return
-    source, field = ("labelled_dataset", "text") if image is None else ("image_dataset", "image")
-    raise UserError(
-        f"the rows have a label ('{label}') and are not conversations",
-        f"write train: {{name: {source}, path: ..., {field}: {image or text}, label: {label}}}",
-    )
-
-
-def _refuse_transcripts(rows: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> None:
-    """Raises UserError when most texts of a field have both sides of a conversation."""
-    for field in fields:
-        texts = [row[field] for row in rows if isinstance(row.get(field), str)]
-        if 2 * sum(all(side.search(text) for side in _SIDES) for text in texts) > len(rows):
-            raise UserError(
-                f"each text of the field '{field}' is a whole conversation",
-                "write its turns apart: messages: [{role: user, content: ...}, ...]",
-            )
-
-
 def _longest(long: Mapping[str, float], names: Sequence[str]) -> str | None:
     return max(names, key=lambda name: long[name], default=None)
-
-
-def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, None]:
-    """The fields of all rows; those of a table without its nulls differ."""
-    return dict.fromkeys(name for row in rows for name in row)
-
-
-def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Field -> its texts, for fields of text that are filled in at least half of the rows."""
-    found = {
-        n: [r[n] for r in rows if isinstance(r.get(n), str) and r[n].strip()] for n in _names(rows)
-    }
-    return {name: texts for name, texts in found.items() if 2 * len(texts) >= len(rows)}
-
-
-def _words(name: str) -> set[str]:
-    """The words of a field's name, without a plural s."""
-    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return {word.lower().removesuffix("s") for word in re.findall(r"[A-Za-z]+", apart)}

@@ -29,6 +29,8 @@ ROLES = {
     "operator": "assistant",
     "outbound": "assistant",
     "staff": "assistant",
+    **dict.fromkeys(("kunde", "kundin", "cliente", "klant"), "user"),
+    **dict.fromkeys(("mitarbeiter", "mitarbeiterin", "agente", "medewerker"), "assistant"),
     "assistant": "assistant",
     "user": "user",
     "system": "system",
@@ -128,7 +130,7 @@ def names_of_turns(
         min(texts, key=lambda name: _unlike_a_role(texts[name])),
     )
     others = [name for name in texts if name != role]
-    content = max(others, key=lambda name: sum(map(len, texts[name])))
+    content = max(others, key=lambda name: sum(map(str.isalpha, "".join(texts[name]))))  # no times
     roles = roles_of(roles_said(turns, role, content) or list(dict.fromkeys(texts[role])))
     return {"role": role, "content": content} | ({"roles": roles} if roles else {})
 

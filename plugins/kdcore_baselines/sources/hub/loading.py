@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcore.components.optional_packages import import_early, optional_package
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line, unreadable
 from kdcore_baselines.sources.components import LoadedParams
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
+from kdcore_baselines.sources.json_lines import WHERE
 
 datasets: Any = import_early("datasets")
 
@@ -47,7 +50,7 @@ def readable(data: Iterable[Found], params: LoadedParams) -> Iterator[Found]:
         except StopIteration:
             return
         except Exception as fault:
-            raise _unreadable(params, fault) from fault
+            raise refused_data(params, fault) from fault
         yield each
 
 
@@ -69,9 +72,15 @@ def load(params: LoadedParams) -> Any:
     optional_package("datasets", "kdcore[datasets]", "a source of Hugging Face datasets")
     path = Path(params.path)
     if path.is_absolute() and not path.exists():
+        if path.is_symlink():
+            raise unreadable(path, FileNotFoundError(), WHERE)
         raise UserError(
             f"{path} does not exist",
             "check the path, which is relative to the spec's folder, or give a hub id",
+        )
+    if path.is_absolute() and not path.is_file() and not path.is_dir():
+        raise UserError(
+            f"{path} is neither a file nor a folder", "write what it says to a file, and name that"
         )
     if path.is_absolute() and params.revision is not None:
         raise UserError(
@@ -96,7 +105,7 @@ def load(params: LoadedParams) -> Any:
     except UserError:
         raise
     except Exception as fault:  # each reader raises errors of its own
-        raise _unreadable(params, fault) from fault
+        raise refused_data(params, fault) from fault
     finally:
         datasets.logging.set_verbosity(level)
         if not bars:
@@ -153,8 +162,25 @@ def _saved(path: Path, params: LoadedParams) -> Any:
     return found[params.split]
 
 
-def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
+def _chain(fault: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while fault is not None:
+        yield fault
+        fault = fault.__cause__ or fault.__context__
+
+
+def refused_data(params: LoadedParams, fault: Exception) -> UserError:
     """The cause and the cure of an error of datasets, in one line each."""
+    for each in _chain(fault):
+        if isinstance(each, PermissionError):
+            return unreadable(Path(each.filename or params.path), each, WHERE)
+        if isinstance(each, EOFError | zlib.error | gzip.BadGzipFile):
+            return UserError(
+                f"{params.path} cannot be read: {first_line(each)}",
+                "copy or download it again: it is cut off, damaged or not compressed",
+            )
+        if isinstance(each, StopIteration):  # of the reader of an empty file
+            return UserError(f"{params.path} has no rows", "name a file with at least one row")
     cause = fault.__cause__ if type(fault).__name__ == "DatasetGenerationError" else None
     text = " ".join(str(cause or fault).split()) or type(fault).__name__
     low = text.lower()
@@ -168,6 +194,8 @@ def _unreadable(params: LoadedParams, fault: Exception) -> UserError:
         cure = "unset HF_HUB_OFFLINE to download it once, or name local data"
     elif "reach" in low or isinstance(fault, ConnectionError):
         cure = "check the connection to huggingface.co, or name local data"
+    elif "any data files" in low:
+        cure = f"name a file, or a folder with files of {', '.join(READERS)}"
     elif "config" in low and "split" not in low:
         cure = "set config to one of its configurations"
     elif "split" in low:

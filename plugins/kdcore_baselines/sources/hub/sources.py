@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from kdcore_baselines.sources.hub.loading import (
     name_of,
     origin_of,
     placed,
+    refused_data,
     suffix_of,
     without_nulls,
 )
@@ -63,14 +65,14 @@ class DatasetSource(ConversationSource):
     def recognise(path: Path) -> dict[str, Any] | None:
         if path.is_file() and suffix_of(path) not in READERS:
             return None
-        written = {}
-        if (
-            path.is_file()
-            and READERS[suffix_of(path)] == "csv"
-            and (other := guessed_encoding(path))
-        ):
-            written = {"encoding": other}
-        params = DatasetParams.model_validate({"path": str(path.resolve()), **written})
+        params, written = DatasetParams.model_validate({"path": str(path.resolve())}), {}
+        if path.is_file() and READERS[suffix_of(path)] == "csv":
+            try:
+                encoding = guessed_encoding(path)
+            except (OSError, EOFError, zlib.error) as fault:
+                raise refused_data(params, fault) from fault
+            written = {"encoding": encoding} if encoding else {}
+            params = params.model_copy(update=written)
         rows = (without_nulls(row) for _, row in placed(load(params), params))
         return written | fields_of(rows, str(path))
 

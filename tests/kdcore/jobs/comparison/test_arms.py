@@ -217,6 +217,23 @@ def test_drafters_are_compared_by_the_same_command(tmp_path: Path, base: dict[st
     assert "medusa - " in shown(outcome, "level_3"), "what only some arms have"
 
 
+def test_an_arm_whose_drafter_is_not_trained_is_refused_before_a_cell_is(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    drafting = {
+        "job": "train-drafter",
+        "target": base["teacher"],
+        "drafter": {"name": "medusa", "depth": 2},
+        "data": base["data"] | {"responses": {"max_new_tokens": 6}},
+        "training": base["training"],
+    }
+    file = asked(tmp_path, drafting, arms={"medusa": {}, "words": {"drafter": "ngram"}})
+    for job in (compare, JOBS["compare"].look_ahead):
+        with pytest.raises(UserError, match="arm 'words': drafter 'ngram' is not trainable"):
+            job(compare_spec(file))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_figure_without_a_better_side_chooses_nothing() -> None:
     figures = {"tau": 1.0, "gate/speckd": 0.5}
     results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])

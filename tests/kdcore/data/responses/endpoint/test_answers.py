@@ -343,7 +343,7 @@ def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
             lambda: respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r", Silent()),
             cause,
         ),
-        (lambda: WinRate(judge=spec)(JUDGED), "does not give a verdict" if unread else cause),
+        (lambda: WinRate(judge=spec)(JUDGED), "gives a verdict in 0 of" if unread else cause),
     ):
         with pytest.raises(UserError) as raised:
             ask_it()
