@@ -159,11 +159,18 @@ def refuse_other_tokenizer(draft: NamedModel, target: NamedModel, field: str) ->
         )
 
 
+_PIECE = "\ufffd"
+"""What a tokenizer decodes a piece of a character to."""
+_MOST_PIECES = 8
+"""Tokens that are tried together: a character has up to four bytes, and the next may begin too."""
+
+
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text that each token adds to a text before it.
 
     A tokenizer such as Llama 2's leaves out the space before the first token that it decodes, so
-    each token is decoded after itself.
+    each token is decoded after itself. A character that is cut into several tokens belongs to the
+    last of them.
 
     Args:
         tokenizer: The tokenizer.
@@ -172,8 +179,21 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     Returns:
         The texts, in order.
     """
-    decode = tokenizer.decode
-    return [decode([token, token]).removeprefix(decode([token])) for token in tokens]
+
+    def text(run: Sequence[int]) -> str:
+        added: str = tokenizer.decode([*run, *run]).removeprefix(tokenizer.decode([*run]))
+        return added
+
+    texts = [text([token]) for token in tokens]
+    for start, found in enumerate(texts):
+        for stop in range(start + 2, min(start + _MOST_PIECES, len(tokens)) + 1):
+            if _PIECE not in found:
+                break
+            whole = text(tokens[start:stop])
+            if _PIECE not in whole:
+                texts[start:stop] = [*[""] * (stop - start - 1), whole]
+                break
+    return texts
 
 
 def end_ids(loaded: LoadedModel) -> list[int]:

@@ -49,6 +49,18 @@ def test_a_token_is_shown_with_its_space(tokenizer: Any) -> None:
     assert token_texts(tokenizer, [end]) == [tokenizer.eos_token]
 
 
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "a日 mat \ufffd 😀é"
+    ids = tokenizer(text)["input_ids"]
+    shown = token_texts(tokenizer, ids)
+    assert len(shown) == len(ids)
+    assert "".join(shown).replace("\ufffd", "") == text.replace("\ufffd", "")
+    assert shown[:4] == ["a", "", "", "日"]
+    assert shown[-2:] == ["", "é"]
+    assert token_texts(tokenizer, ids[1:2]) == ["\ufffd"]
+
+
 ROWS = 300  # more than the check encodes
 TOO_LONG = r"rows\.jsonl:2 has \d+ tokens, but the context of \S+ is 512\nset data.max_length"
 
