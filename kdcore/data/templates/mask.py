@@ -26,6 +26,7 @@ from kdcore.data.templates.changed_messages import OTHERS, alike, instead, longe
 from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_WHOLE,
+    OPENING_AS_END,
     OTHER_START,
     OTHER_TOKENIZER,
     UNREAD,
@@ -37,6 +38,7 @@ from kdcore.data.templates.rendering import (
     end_of_response,
     end_token,
     names,
+    opening_as_end,
     render,
     special_tokens,
     template_of,
@@ -93,7 +95,10 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         first = _first(tokenizer)
         ids, learned = first + ids, [False] * len(first) + learned
     else:
-        notes += unread(conversation, template_of(conversation, tokenizer))
+        template = template_of(conversation, tokenizer)
+        notes += unread(conversation, template)
+        if ending := opening_as_end(tokenizer, template):
+            notes += (OPENING_AS_END.format(ending),)
     if conversation.unread:
         notes += (UNREAD.format(", ".join(f"'{name}'" for name in conversation.unread)),)
     size = min(len(ids) - 1, max_length)

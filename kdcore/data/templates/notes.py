@@ -20,6 +20,9 @@ NOT_AS_GENERATED = (
     "the chat template renders a generated response in another way once another turn follows; "
     "it is not learned there"
 )
+OPENING_AS_END = (
+    "the chat template does not end the last response; {}, which begins the next turn, ends it"
+)
 OTHER_TOKENIZER = "a response was generated with another tokenizer; its text is learned"
 
 

@@ -77,6 +77,8 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render messages of a conversation.
 
+    A last response ends with `opening_as_end`, if the template does not end it.
+
     Args:
         conversation: The conversation, with the arguments of the template.
         messages: The messages.
@@ -90,6 +92,38 @@ def render(
         UserError: The chat template is missing, or rejects the messages.
     """
     template = template_of(conversation, tokenizer)
+    text, marks = _accepted(messages, template, conversation, tokenizer, prompt)
+    if messages and messages[-1].role == "assistant" and not prompt:
+        text += opening_as_end(tokenizer, template)
+    if len(marks) > sum(message.role == "assistant" for message in messages):
+        marks = _joined(marks, text, special_tokens(tokenizer))
+    return text, marks
+
+
+def _joined(
+    marks: Sequence[tuple[int, int]], text: str, special: re.Pattern[str]
+) -> list[tuple[int, int]]:
+    """Marks with nothing but special tokens and spaces between them, as one each.
+
+    Some templates mark the parts of a response and its end token one by one.
+    """
+    joined: list[tuple[int, int]] = []
+    for start, end in marks:
+        between = text[joined[-1][1] : start] if joined else "a response"
+        if re.fullmatch(rf"(?:\s|{special.pattern})*", between):
+            start, _ = joined.pop()
+        joined.append((start, end))
+    return joined
+
+
+def _accepted(
+    messages: Sequence[Message],
+    template: str,
+    conversation: Conversation,
+    tokenizer: Any,
+    prompt: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text and the marks, in the form of messages that the template accepts."""
     said = [_with_reasoning(_with_content(message.said, template)) for message in messages]
     try:
         return _rendered(said, template, conversation, tokenizer, prompt)
@@ -148,7 +182,8 @@ def end_of_response(tokenizer: Any, template: str) -> str:
             "in this one",
         )
     after = text[text.rindex(_CONTENT) + len(_CONTENT) :]
-    found = re.match(rf"\s*({special_tokens(tokenizer).pattern})", after)
+    special = special_tokens(tokenizer).pattern
+    found = re.match(rf"\s*({special})((?:{special})*)", after)
     if found is None:
         raise UserError(
             "the chat template does not put a special token after a response, so the end of a "
@@ -156,7 +191,36 @@ def end_of_response(tokenizer: Any, template: str) -> str:
             "name another template (template: FILE beside the model), or print eos_token after a "
             "response in this one",
         )
-    return found[1]
+    last = tokenizer.eos_token  # Command R7B ends its response, and then its turn
+    return str(last) if last and last in found[2] else found[1]
+
+
+@functools.lru_cache(maxsize=8)
+def opening_as_end(tokenizer: Any, template: str) -> str:
+    """The special token that begins a user's turn, if it is also what ends the response before it.
+
+    GLM-4 generates the token of the next turn as its end token, and its template prints it with
+    that turn, so that the last response of a conversation lacks it.
+
+    Args:
+        tokenizer: The tokenizer, whose chat template it is.
+        template: The template.
+
+    Returns:
+        The token as text; empty for a template that prints an end token after a response.
+    """
+    after = []
+    for messages in (_PROBE.messages, (*_PROBE.messages, Message("user", "a"))):
+        try:
+            text, _ = _accepted(messages, template, _PROBE, tokenizer, prompt=False)
+        except UserError:
+            return ""
+        if _CONTENT not in text:
+            return ""
+        after.append(text[text.rindex(_CONTENT) + len(_CONTENT) :])
+    special = special_tokens(tokenizer)
+    begins = re.match(rf"\s*({special.pattern})", after[1])
+    return begins[1] if begins and not special.search(after[0]) else ""
 
 
 def _rendered(

@@ -12,6 +12,7 @@ from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_READ,
     NOT_WHOLE,
+    OPENING_AS_END,
     OTHER_START,
     OTHER_TOKENIZER,
 )
@@ -56,6 +57,7 @@ def encoded(family: str, *messages: Message, **facts: Any) -> tuple[str, tuple[s
     return learned(row, tokenizer), row.notes
 
 
+NOTES = {"deepseek": (OTHER_START,), "glm": (OPENING_AS_END.format("<|user|>"),)}
 TWO = (user("one"), said("first"), user("two"), said("second"))
 
 
@@ -73,12 +75,15 @@ TWO = (user("one"), said("first"), user("two"), said("second"))
         ("deepseek", "first<|eos|>second<|eos|>"),
         ("gemma", "first<end_of_turn>second<end_of_turn>"),
         ("mistral", " first</s> second</s>"),
+        ("glm", "first<|user|>second<|user|>"),
+        ("command", "first<|end_response|><|end_turn|>second<|end_response|><|end_turn|>"),
+        ("phi, marked", "first<|end|>second<|end|>\n<|endoftext|>"),
     ],
 )
 def test_assistant_turns_are_learned_and_nothing_else(family: str, expected: str) -> None:
     text, notes = encoded(family, *TWO)
     assert text == expected
-    assert notes == ((OTHER_START,) if family == "deepseek" else ())
+    assert notes == NOTES.get(family, ())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,14 +121,14 @@ def test_turns_that_are_context_or_cut(family: str) -> None:
             "mistral",
             '[TOOL_CALLS][{"name": "look", "arguments": {"city": "Rome"}}]</s> warm</s>',
         ),
+        ("glm", '<tool_call>look{"city": "Rome"}<|observation|>warm<|user|>'),
     ],
 )
 def test_tool_calls_are_learned_and_their_results_are_not(family: str, expected: str) -> None:
     messages = (user("one"), called(), Message("tool", "sunny"), said("warm"))
     text, notes = encoded(family, *messages, arguments={"tools": TOOLS})
     assert text == expected
-    unread = {NOT_READ.format("'tools'"), OTHER_START}
-    assert set(notes) <= unread and (OTHER_START in notes) == (family == "deepseek")
+    assert {*notes} - {NOT_READ.format("'tools'")} == {*NOTES.get(family, ())}
 
 
 def test_a_call_that_the_template_does_not_print_is_not_learned_as_silence() -> None:

@@ -249,7 +249,7 @@ def test_what_cannot_be_learned_says_why() -> None:
     )
     assert "does not put a special token after a response" in endless.cause
     end = "{% endgeneration %}"
-    doubled = MARKED.replace(end, end + "{% generation %}" + end)
+    doubled = MARKED.replace(end, end + "and{% generation %}" + end)
     twice = complaint(chat("why?", "so"), doubled)
     assert twice.cause == "row-1: the chat template marks 2 of 1 responses"
 
