@@ -26,6 +26,12 @@ def instead(message: Message, content: str) -> Message:
     return Message(message.role, content, fields=kept)
 
 
+def without_calls(message: Message) -> Message:
+    """A response without its tool calls."""
+    kept = {name: value for name, value in message.fields.items() if name != "tool_calls"}
+    return replace(message, fields=kept)
+
+
 def longer(message: Message) -> Message | None:
     """A response with a longer end.
 

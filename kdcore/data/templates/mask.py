@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -22,7 +23,14 @@ import torch
 
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.bounded import FIX
-from kdcore.data.templates.changed_messages import OTHERS, alike, instead, longer, with_cut_thought
+from kdcore.data.templates.changed_messages import (
+    OTHERS,
+    alike,
+    instead,
+    longer,
+    with_cut_thought,
+    without_calls,
+)
 from kdcore.data.templates.notes import (
     NOT_AS_GENERATED,
     NOT_WHOLE,
@@ -43,23 +51,13 @@ from kdcore.data.templates.rendering import (
     special_tokens,
     template_of,
 )
+from kdcore.data.templates.response_tokens import Response, first_token, ids_of, tokens_of
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
 MASK_RULE = 5
 """Version of the rule above; a teacher cache built under another version does not fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Response:
-    """A response in a text: its place, whether it is learned, and its own tokens if known."""
-
-    start: int
-    end: int
-    learned: bool = True
-    tokens: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
@@ -90,9 +88,9 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     if not conversation.plain:
         conversation = with_cut_thought(conversation, template_of(conversation, tokenizer))
     text, responses = (_plain if conversation.plain else _templated)(conversation, tokenizer)
-    ids, learned = _tokens(text, responses, tokenizer)
+    ids, learned = tokens_of(text, responses, tokenizer)
     if conversation.plain:
-        first = _first(tokenizer)
+        first = first_token(tokenizer)
         ids, learned = first + ids, [False] * len(first) + learned
     else:
         template = template_of(conversation, tokenizer)
@@ -141,8 +139,8 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
         place = max(_turns(conversation), default=len(conversation.messages))
     before = conversation.messages[:place]
     if conversation.plain:
-        return _first(tokenizer) + _ids("".join(m.content for m in before), tokenizer)
-    return _ids(render(conversation, before, tokenizer, prompt=True)[0], tokenizer)
+        return first_token(tokenizer) + ids_of("".join(m.content for m in before), tokenizer)
+    return ids_of(render(conversation, before, tokenizer, prompt=True)[0], tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,7 +164,7 @@ def _with_own_tokens(
     return replace(conversation, messages=messages), (OTHER_TOKENIZER,)
 
 
-def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_Response]]:
+def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Response]]:
     """The joined text and the responses in it. Raises UserError without an end token."""
     text, responses, ending = "", [], end_token(tokenizer, conversation)
     for message in conversation.messages:
@@ -176,11 +174,11 @@ def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_Respo
             end = len(text) + len(ending) * message.ended
             text += ending
             end = _cut(text, start, end, ending, message.ended)
-            responses.append(_Response(start, end, message.learned, message.tokens))
+            responses.append(Response(start, end, message.learned, message.tokens))
     return text, responses
 
 
-def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_Response]]:
+def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Response]]:
     """The rendered text and the responses in it."""
     *earlier, last = turns = _turns(conversation)
     messages = conversation.messages
@@ -203,7 +201,7 @@ def _templated(conversation: Conversation, tokenizer: Any) -> tuple[str, list[_R
         raise _disordered(conversation)
     if messages[last].tokens:
         generated = messages[last]
-        responses.append(_Response(len(text), len(text), generated.learned, generated.tokens))
+        responses.append(Response(len(text), len(text), generated.learned, generated.tokens))
     return text, responses
 
 
@@ -223,7 +221,7 @@ class _Rendering:
     text: str
     prompt: bool
 
-    def marked(self, turn: int, start: int, end: int) -> _Response:
+    def marked(self, turn: int, start: int, end: int) -> Response:
         """The response of a turn between two marks, with the end token in or after them."""
         message, text = self.conversation.messages[turn], self.text
         said = text[start:end]
@@ -243,7 +241,7 @@ class _Rendering:
             raise UserError(cause, "fix its {% generation %} marks, or remove them all")
         return found
 
-    def response(self, turn: int) -> _Response:
+    def response(self, turn: int) -> Response:
         """The response of a turn in a template without marks."""
         message = self.conversation.messages[turn]
         prompt, _ = self._render(self.conversation.messages[:turn], prompt=True)
@@ -262,7 +260,7 @@ class _Rendering:
 
     def _until(
         self, turn: int, start: int, said: int, close: tuple[int, int] | None, message: Message
-    ) -> _Response:
+    ) -> Response:
         """The response from a start to its end token, if it is ended, or to the end of its text."""
         end = said
         if close is not None and message.ended:
@@ -272,10 +270,10 @@ class _Rendering:
         if not message.tokens:
             calls = message.fields.get("tool_calls") and not names(self._template, "tool_calls")
             printed = not calls and NOT_WHOLE.format("tool_calls") not in missing
-            return _Response(start, end, message.learned and printed, notes=missing)
+            return Response(start, end, message.learned and printed, notes=missing)
         if missing or not is_all(message, self.text[start:said]):
-            return _Response(start, end, False, notes=(NOT_AS_GENERATED,))
-        return _Response(start, end, message.learned, message.tokens)
+            return Response(start, end, False, notes=(NOT_AS_GENERATED,))
+        return Response(start, end, message.learned, message.tokens)
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> tuple[str, Any]:
         return render(self.conversation, messages, self.tokenizer, prompt=prompt)
@@ -290,7 +288,10 @@ class _Rendering:
     def _start(self, turn: int) -> int:
         """The place where the text changes with the response, whatever its first letter is."""
         message = self.conversation.messages[turn]
-        texts = [self._with(turn, instead(message, other)) for other in OTHERS[:2]]
+        changed = [instead(message, other) for other in OTHERS[:2]]
+        texts = [self._with(turn, each) for each in changed]
+        with suppress(UserError):  # a result may need the call that it answers
+            texts += [self._with(turn, without_calls(each)) for each in changed]
         at = min(alike(self.text, text) for text in texts)
         across = (found.start() for found in self._special.finditer(self.text) if found.end() > at)
         return min(at, next(across, at))  # never within a special token
@@ -366,35 +367,3 @@ def _cut(text: str, start: int, end: int, token: str, ended: bool) -> int:
     """The end of a response up to the first end token in it, after which generation stops."""
     found = text.find(token, start, end)
     return end if found < 0 else found + len(token) * ended
-
-
-def _tokens(
-    text: str, responses: Sequence[_Response], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    """Token ids up to the end of the last response, and for each whether it is learned."""
-    borders = [0, *chain.from_iterable((each.start, each.end) for each in responses)]
-    prefixes = [text[:border] for border in borders]
-    before = tokenizer(prefixes, add_special_tokens=False, verbose=False)["input_ids"]
-    if any(before[-1][: len(prefix)] != prefix for prefix in before):
-        pieces = [_ids(text[start:end], tokenizer) for start, end in pairwise(borders)]
-    else:
-        pieces = [before[-1][len(start) : len(end)] for start, end in pairwise(before)]
-    ids: list[int] = []
-    learned: list[bool] = []
-    for lead, piece, each in zip(pieces[::2], pieces[1::2], responses, strict=True):
-        said = list(each.tokens) or piece
-        ids += [*lead, *said]
-        learned += [False] * len(lead) + [each.learned] * len(said)
-    return ids, learned
-
-
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _first(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, or an empty list."""
-    whole: list[int] = tokenizer("a")["input_ids"]
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return [] if whole[: len(plain)] == plain else whole[:1]  # some only append an end token

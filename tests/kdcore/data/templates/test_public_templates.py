@@ -378,3 +378,26 @@ def test_a_response_does_not_start_within_a_special_token() -> None:
     text = learned(row, tokenizer)
     assert text.startswith("<|channel>hm<channel|><|call>{") and text.endswith("}<call|><turn|>")
     assert tokenizer.convert_tokens_to_ids("<|channel>") in row.labels[row.mask].tolist()
+
+
+def test_a_call_starts_at_itself_where_the_turn_goes_on_after_its_result() -> None:
+    """Gemma 4: results stand in the turn of the call, and its content comes after them."""
+    family = Family(
+        "{% for m in messages %}"
+        "{% set goes_on = loop.index0 and messages[loop.index0 - 1].role == 'tool' %}"
+        "{% if m.role != 'tool' %}{% if not goes_on %}<|turn>{{ m.role }}\n{% endif %}"
+        "{% set result = loop.nextitem %}"
+        "{% for call in m.tool_calls or [] %}<|call>{{ call | tojson }}<call|><|result>"
+        "{% if result %}{{ result.content }}<result|>{% endif %}{% endfor %}"
+        "{% if m.content or not m.tool_calls %}{{ m.content }}<turn|>\n{% endif %}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>assistant\n<|thought>{% endif %}",
+        ("<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>", "<|thought>"),
+        "<turn|>",
+    )
+    tokenizer = family.tokenizer()
+    messages = (user("one"), called(), Message("tool", "sunny"), said("warm"))
+    row = encode(Conversation("x", messages), tokenizer, 4096)
+    text = learned(row, tokenizer)
+    assert text.startswith("<|call>{") and text.endswith("}<call|><|result>warm<turn|>")
+    assert "sunny" not in text
