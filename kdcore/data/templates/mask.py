@@ -32,6 +32,7 @@ from kdcore.data.templates.changed_messages import (
     without_calls,
 )
 from kdcore.data.templates.notes import (
+    NO_PROMPT,
     NOT_AS_GENERATED,
     NOT_WHOLE,
     OPENING_AS_END,
@@ -95,6 +96,8 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
     else:
         template = template_of(conversation, tokenizer)
         notes += unread(conversation, template)
+        if next(m.role for m in conversation.messages if m.role != "system") == "assistant":
+            notes += (NO_PROMPT,)
         if ending := opening_as_end(tokenizer, template):
             notes += (OPENING_AS_END.format(ending),)
     if conversation.unread:

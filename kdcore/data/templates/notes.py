@@ -23,6 +23,10 @@ NOT_AS_GENERATED = (
 OPENING_AS_END = (
     "the chat template does not end the last response; {}, which begins the next turn, ends it"
 )
+NO_PROMPT = (
+    "it begins with a response, which is learned without a prompt; tidy: true in the source leaves "
+    "it out"
+)
 OTHER_TOKENIZER = "a response was generated with another tokenizer; its text is learned"
 
 

@@ -9,6 +9,7 @@ import pytest
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.mask import digest_of, encode, prompt_ids
 from kdcore.data.templates.notes import (
+    NO_PROMPT,
     NOT_AS_GENERATED,
     NOT_READ,
     NOT_WHOLE,
@@ -84,6 +85,13 @@ def test_assistant_turns_are_learned_and_nothing_else(family: str, expected: str
     text, notes = encoded(family, *TWO)
     assert text == expected
     assert notes == NOTES.get(family, ())
+
+
+def test_a_conversation_that_begins_with_a_response_says_so() -> None:
+    """As many of ShareGPT do."""
+    _, notes = encoded("qwen3", Message("system", "s"), said("hello"), *TWO)
+    assert notes == (NO_PROMPT,)
+    assert encoded("qwen3", Message("system", "s"), *TWO)[1] == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
