@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcore.specs.parts.endpoint import EndpointSpec
 
 app = typer.Typer(
-    help="Store the teacher's logits on disk; show what kdcore keeps there.",
+    help="Store the teacher's logits; clear what is kept on disk.",
     no_args_is_help=True,
 )
 

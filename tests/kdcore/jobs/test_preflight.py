@@ -340,7 +340,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             ["training.trainer.train_sampling_strategy=group_by_length"],
             "training.trainer.train_sampling_strategy",
             "group_by_length is not supported",
-            "set training.group_by_length: true",
+            "replace the strategy by training.group_by_length: true",
         ),
         (["teacher.model=nowhere/at/all"], "teacher", "nowhere/at/all", "use a folder"),
         (JUDGED, "evaluation.answers", "does not contain a number", "remove exact_match"),

@@ -19,7 +19,6 @@ from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import StateSizes
-from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
 from kdcore.training.method import objective_of
@@ -195,11 +194,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert said in wrong.value.cause and "\n" not in f"{wrong.value.cause}{wrong.value.cure}"
 
 
-def test_samples_of_the_student_have_no_row_of_the_teacher(
+def test_hidden_states_are_matched_on_samples_of_the_student(
     asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    data = asked["data"] | {"on_policy": {"probability": 1.0}}
-    spec = DistillSpec.model_validate(asked | {"run": tmp_path / "run", "data": data})
-    with pytest.raises(UserError, match=r"data\.on_policy cannot be combined"):
-        preflight(spec)
-    assert not Run(spec.run).path("spec.yaml").exists()
+    data = asked["data"] | {"on_policy": {"probability": 1.0, "max_new_tokens": 8}}
+    run = distill(DistillSpec.model_validate(asked | {"run": tmp_path / "run", "data": data}))
+    lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert lines and all(line["on_policy/rows"] > 0 for line in lines)
+    assert all(0 < line["term/hidden"] < float("inf") for line in lines)
