@@ -46,6 +46,7 @@ FEW = {
     **{
         f"kdcore compare examples/{name}.yaml --metric accuracy": [
             "'grid={training.learning_rate: [0.01]}'",
+            "trials=1",
             "validation.limit=2",
             # `kdcore check` holds all ten arms to what they would do; two are trained
             "'arms={kd: {}, deepkd: {method: {splitters: [deepkd], momentum: deepkd}}}'",
