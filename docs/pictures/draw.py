@@ -53,6 +53,10 @@ PICTURES = {
         "smollm2_decoding",
         "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
     ),
+    "untrained_speeds": Picture(
+        "smollm2_untrained",
+        "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
+    ),
     "clinc150_accuracy": Picture(
         "clinc150_deepkd", "accuracy against the labels: difference from kd"
     ),
