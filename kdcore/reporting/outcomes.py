@@ -8,7 +8,7 @@ from itertools import accumulate
 import plotly.graph_objects as go
 
 from kdcore.reporting.plot import COLOURS, Key, Plot, as_json, colour, text, told
-from kdcore.reporting.report_tables import form_of
+from kdcore.reporting.report_tables import form_of_difference
 from kdcore.reporting.run_record import RunRecord
 from kdcore.runs.comparison_results import BenchRow, Comparison
 from kdcore.runs.results import Difference, Metric
@@ -226,10 +226,8 @@ def _forest(title: str, metric: Metric, gaps: dict[str, Difference], missing: st
     """A row for each difference, with its interval."""
     if not gaps:
         return Plot(title, None, missing)
-    figure, form = go.Figure(), form_of(metric)
-    unit, scale = "", 1.0
-    if form.endswith("%"):  # as in the tables, see `difference`
-        unit, scale, form = " pp", 100.0, f"{form[:-1]}f"
+    figure = go.Figure()
+    scale, form, unit = form_of_difference(metric)
     mean, low, high = (
         [scale * getattr(gap, bound) for gap in gaps.values()] for bound in ("mean", "low", "high")
     )

@@ -106,7 +106,7 @@ def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
                     Cell(run.name if len(runs) > 1 else ""),
                     Cell(as_written(before, metric)),
                     Cell(as_written(after, metric), style),
-                    Cell("" if gap is None else _gap(gap, metric)),
+                    Cell("" if gap is None else difference(gap, metric).text),
                 ]
             )
     headings = ["held-out", "run", "before", "after", "change [95 %]"]
@@ -258,18 +258,24 @@ def difference(gap: Difference, metric: Metric) -> Cell:
     A difference of percentages is in percentage points, pp.
     """
     style = ""
-    borders = [float(format(each, form_of(metric)).rstrip("%")) for each in (gap.low, gap.high)]
+    scale, form, unit = form_of_difference(metric)
+    mean, low, high = (scale * each for each in (gap.mean, gap.low, gap.high))
+    borders = [float(format(each, form)) for each in (low, high)]
     if gap.distinguishable and all(borders):  # a bound that rounds to 0 may be rounding noise
         style = "better" if (gap.mean < 0) == (metric.better == "lower") else "worse"
-    return Cell(_gap(gap, metric), style)
+    return Cell(f"{mean:+{form}} [{low:+{form}}, {high:+{form}}]{unit}", style)
 
 
-def _gap(gap: Difference, metric: Metric) -> str:
-    form, numbers = form_of(metric), (gap.mean, gap.low, gap.high)
-    if form.endswith("%"):  # a difference of percentages is not a percentage of one of them
-        mean, low, high = (f"{100 * number:+{form[:-1]}f}" for number in numbers)
-        return f"{mean} [{low}, {high}] pp"
-    return f"{gap.mean:+{form}} [{gap.low:+{form}}, {gap.high:+{form}}]"
+def form_of_difference(metric: Metric) -> tuple[float, str, str]:
+    """How the differences of a figure are written.
+
+    A difference of percentages is not a percentage of one of them: it is in points.
+
+    Returns:
+        The factor, the format spec and the unit.
+    """
+    form = form_of(metric)
+    return (100.0, f"{form[:-1]}f", " pp") if form.endswith("%") else (1.0, form, "")
 
 
 def form_of(metric: Metric) -> str:
