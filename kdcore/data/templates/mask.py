@@ -293,8 +293,9 @@ class _Rendering:
         message = self.conversation.messages[turn]
         changed = [instead(message, other) for other in OTHERS[:2]]
         texts = [self._with(turn, each) for each in changed]
-        with suppress(UserError):  # a result may need the call that it answers
-            texts += [self._with(turn, without_calls(each)) for each in changed]
+        if "tool_calls" in message.fields:
+            with suppress(UserError):  # a result may need the call that it answers
+                texts += [self._with(turn, without_calls(each)) for each in changed]
         at = min(alike(self.text, text) for text in texts)
         across = (found.start() for found in self._special.finditer(self.text) if found.end() > at)
         return min(at, next(across, at))  # never within a special token

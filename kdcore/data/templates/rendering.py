@@ -175,13 +175,13 @@ def end_of_response(tokenizer: Any, template: str) -> str:
         UserError: The template does not print the content of a response, or no token after it.
     """
     text, _ = render(_PROBE, _PROBE.messages, tokenizer)
-    if _CONTENT not in text:
+    after = _after_content(text)
+    if after is None:
         raise UserError(
             "the chat template does not print the content of a response",
             "name another template (template: FILE beside the model), or print message['content'] "
             "in this one",
         )
-    after = text[text.rindex(_CONTENT) + len(_CONTENT) :]
     special = special_tokens(tokenizer).pattern
     found = re.match(rf"\s*({special})((?:{special})*)", after)
     if found is None:
@@ -215,12 +215,19 @@ def opening_as_end(tokenizer: Any, template: str) -> str:
             text, _ = _accepted(messages, template, _PROBE, tokenizer, prompt=False)
         except UserError:
             return ""
-        if _CONTENT not in text:
-            return ""
-        after.append(text[text.rindex(_CONTENT) + len(_CONTENT) :])
+        after.append(_after_content(text))
+    alone, followed = after
+    if alone is None or followed is None:
+        return ""
     special = special_tokens(tokenizer)
-    begins = re.match(rf"\s*({special.pattern})", after[1])
-    return begins[1] if begins and not special.search(after[0]) else ""
+    begins = re.match(rf"\s*({special.pattern})", followed)
+    return begins[1] if begins and not special.search(alone) else ""
+
+
+def _after_content(text: str) -> str | None:
+    """What a template prints after the response of a probe; None if it does not print that."""
+    _, printed, after = text.rpartition(_CONTENT)
+    return after if printed else None
 
 
 def _rendered(
