@@ -69,9 +69,9 @@ class PairedSource:
             The student's row.
         """
         ours = self._source.encode(example, tokenizer, max_length)
-        theirs = self._source.encode(example, self._teacher, max_length)
         if not ours.mask.any():
             return ours  # training skips it
+        theirs = self._source.encode(example, self._teacher, max_length)
         found, whole = self.aligned(ours, theirs)
         self.found[row_key(ours)] = found
         said = {_CUT: found.lacks_last, _OTHER_TEXT: not whole}

@@ -105,9 +105,9 @@ class PromptedRows:
 
     def sampled(self, ours: Batch) -> Batch:
         """The teacher's rows of a batch, with the responses that the student sampled."""
-        own = [self.rows[number] for number in ours.index.tolist()]
+        own, read = [self.rows[number] for number in ours.index.tolist()], ours.on_cpu or ours
         tokens = [
-            labels[mask].tolist() for labels, mask in zip(ours.labels, ours.mask, strict=True)
+            labels[mask].tolist() for labels, mask in zip(read.labels, read.mask, strict=True)
         ]
         whole = [answered(row, prompt_of(row), each) for row, each in zip(own, tokens, strict=True)]
         rows = list(zip(ours.index.tolist(), whole, strict=True))
