@@ -111,6 +111,13 @@ def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
     return UserError(f"{path} cannot be read: {fault.strerror or fault}", cure)
 
 
+def special_file(path: Path) -> UserError:
+    """The mistake that data are a pipe, a socket or a device, which cannot be read twice."""
+    return UserError(
+        f"{path} is neither a file nor a folder", "write what it says to a file, and name that"
+    )
+
+
 def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
     """The mistake that a file is in another encoding, or ends inside a character.
 

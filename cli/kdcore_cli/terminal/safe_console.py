@@ -68,7 +68,7 @@ class SafeConsole(Console):
             words = [word for cell in cells for word in cell.plain.split()]
             longest = min(LONGEST, max(map(len, words), default=1))
             least.append(max(column.min_width or 0, longest))
-            widths.append(max(cell.cell_len for cell in cells))
+            widths.append(min(self.width, max(cell.cell_len for cell in cells)))
         if sum(least) + gaps > self.width:
             return _lines(table, rows)
         while sum(widths) + gaps > self.width:

@@ -239,14 +239,15 @@ def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
 
 def _refuse_untrainable(spec: CompareSpec, registry: Registry) -> None:
     """Raises UserError for an arm with a drafter without weights, whose cells would all fail."""
+    if not isinstance(spec.base, TrainDrafterSpec):
+        return
     assembly = Assembly(registry)
     for arm, changes in spec.arms.items():
         asked = changed(spec.base, changes, {"registry": registry})
-        if isinstance(asked, TrainDrafterSpec):
-            try:
-                refuse_untrainable(asked.drafter, assembly)
-            except UserError as wrong:
-                raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+        try:
+            refuse_untrainable(asked.drafter, assembly)
+        except UserError as wrong:
+            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from kdcore.components.choice import Choice, SourceChoice
 from kdcore.components.job import Job
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation, Message
-from kdcore.errors import UserError, counted, unreadable
+from kdcore.errors import UserError, counted, special_file, unreadable
 from kdcore.models.assembly import Assembly
 
 HELD_OUT = 500
@@ -116,10 +116,8 @@ def _recognised(data: Path, registry: Registry) -> Choice:
         kind = data.stat().st_mode
     except OSError as fault:
         raise unreadable(data, fault, "the working directory") from fault
-    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be empty the second time
-        raise UserError(
-            f"{data} is neither a file nor a folder", "write what it says to a file, and name that"
-        )
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise special_file(data)
     for component in (c for c, _ in registry.components() if c.kind == "source"):
         recognise = getattr(registry.attribute(component), "recognise", None)
         params = recognise(data) if recognise else None

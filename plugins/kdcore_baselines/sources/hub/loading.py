@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcore.components.optional_packages import import_early, optional_package
-from kdcore.errors import UserError, first_line, unreadable
+from kdcore.errors import UserError, first_line, special_file, unreadable
 from kdcore_baselines.sources.components import LoadedParams
 from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 from kdcore_baselines.sources.json_lines import WHERE
@@ -79,9 +79,7 @@ def load(params: LoadedParams) -> Any:
             "check the path, which is relative to the spec's folder, or give a hub id",
         )
     if path.is_absolute() and not path.is_file() and not path.is_dir():
-        raise UserError(
-            f"{path} is neither a file nor a folder", "write what it says to a file, and name that"
-        )
+        raise special_file(path)
     if path.is_absolute() and params.revision is not None:
         raise UserError(
             f"{path} is local data, which has no revision", "remove revision from the source"
