@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,9 @@ def answers(
         for places in own:
             made = generate([asked[place] for place in places], loaded, spec, engine=engine)
             for place, ids in zip(places, made, strict=True):
-                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                found.append((place, text))
+                text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                # the blanks of the first line may indent a program
+                found.append((place, re.sub(r"\A\s*\n", "", text).rstrip()))
             stage.advance(len(places))
     model.train(training)
     by_place = dict(ranks.gathered(found))

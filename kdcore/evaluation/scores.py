@@ -127,5 +127,10 @@ def _example(example: Any) -> Answered:
             f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
             "add the correct response to each held-out row, or remove evaluation.answers",
         )
+    if not last.content.strip():
+        raise UserError(
+            f"evaluation.answers compares texts, and the last response of {example.id} has none",
+            "leave out held-out rows that end with a tool call, or remove evaluation.answers",
+        )
     turns = tuple({"role": turn.role, "content": turn.content} for turn in before)
     return Answered(example.id, turns, "", last.content, example.kept)

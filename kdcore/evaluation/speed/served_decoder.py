@@ -109,7 +109,7 @@ class ServedDecoder:
             seed=seed,
         )
         found = await self._endpoint.answer(
-            self._client, self._client.completions.create(**asked), tokens_of
+            self._client, lambda: self._client.completions.create(**asked), tokens_of
         )
         assert found is not None  # no error stands for a missing answer
         return found
@@ -118,7 +118,7 @@ class ServedDecoder:
         root = self.spec.endpoint.rstrip("/").removesuffix("/v1")
         return await self._endpoint.answer(
             self._client,
-            self._client.get(f"{root}/metrics", cast_to=str),
+            lambda: self._client.get(f"{root}/metrics", cast_to=str),
             lambda text: _counters(text, self.spec.model),
             lambda fault: isinstance(fault, self._endpoint.openai.APIStatusError),
         )

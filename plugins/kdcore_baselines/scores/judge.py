@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdcore import Answered, BuildContext, UserError, by_keywords
+from kdcore.data.responses.endpoint.answers import too_long
 from kdcore.data.responses.endpoint.client import EndpointClient
 from kdcore_baselines.scores.components import WinRateParams
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 2**24
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _TASK = """\
 Compare the answers of two assistants to the last message of the user below. Judge which one is \
 more helpful, correct, relevant and complete. Ignore the order of the answers and do not prefer \
@@ -30,7 +32,8 @@ class WinRate:
 
     The judge compares each pair twice, with the answer in the first place and in the second, and
     the value is the mean: a judge that always prefers one place gives 0.5. A response without a
-    verdict counts as a tie; a judge that gives fewer verdicts than one in two is refused.
+    verdict counts as a tie, and so do one that is cut before its end and a pair that is too long
+    for the judge; a judge that gives fewer verdicts than one in two is refused.
     """
 
     title, format = "win rate against the references", ".1%"
@@ -69,7 +72,7 @@ class WinRate:
         text = _comparison(answered, *(pair if first else pair[::-1]))
         said = await self._client.answer(
             client,
-            client.chat.completions.create(
+            lambda: client.chat.completions.create(
                 model=self._params.judge.model,
                 messages=[
                     {"role": "system", "content": _TASK},
@@ -79,8 +82,9 @@ class WinRate:
                 temperature=0.0,
             ),
             _text,
+            too_long,
         )
-        verdicts = _VERDICT.findall(said or "")
+        verdicts = _VERDICT.findall(_THOUGHT.sub("", said or ""))
         wins = {"A": float(first), "B": float(not first), "C": 0.5}
         return place, wins[verdicts[-1]] if verdicts else None
 
@@ -96,7 +100,8 @@ def _comparison(answered: Answered, first: str, second: str) -> str:
 
 
 def _text(completion: Any) -> str | None:
-    text = completion.choices[0].message.content
+    choice = completion.choices[0]
+    text = choice.message.content
     if not isinstance(text, str | None):
         raise TypeError("the message is not a text")
-    return text
+    return None if choice.finish_reason == "length" else text  # the verdict would come last

@@ -12,7 +12,11 @@ from kdcore_baselines.scores.components import PassParams
 from kdcore_baselines.scores.mathematics import kept_field
 from kdcore_baselines.scores.sandbox import Limits, passes
 
-_BLOCK = re.compile(r"([ \t]*)```[^\n]*\n(.*?)(?:[ \t]*```|\Z)", re.DOTALL)
+_BLOCK = re.compile(
+    r"([ \t]*)```[^\n]*\n(.*?)(?:^(?:\1)? {0,3}```|(?<=\S)```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
+"""A closing fence is indented as its block is, or ends a line of code: deeper ones are text of the
+program, e.g. in the documentation of a function."""
 
 
 class PassAtOne:

@@ -22,7 +22,8 @@ from pathlib import Path
 _FILE_BYTES, _OPEN_FILES = 2**24, 64
 
 _LIMITED = """
-import resource, sys
+import resource, runpy, sys
+done = sys.argv.pop()
 seconds, memory, file_bytes, files = map(int, sys.argv[1:])
 limits = [
     (resource.RLIMIT_CPU, seconds),
@@ -34,9 +35,10 @@ limits = [
 ]
 for limit, most in limits:
     resource.setrlimit(limit, (most, most))
-with open("program.py", encoding="utf-8") as file:
-    code = file.read()
-exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
+del sys.argv[1:]
+create = open  # the program may have another
+runpy.run_path("program.py", run_name="__main__")
+create(done, "w").close()
 """
 
 
@@ -63,19 +65,21 @@ def passes(program: str, limits: Limits) -> bool:
     Returns:
         Whether it ran to its last line without an error. A program that exits early fails.
     """
-    done = f"done-{secrets.token_hex(16)}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        last = f"\nopen({done!r}, 'w').close()\n"
+        done = Path(folder, f"done-{secrets.token_hex(16)}")
         # a lone surrogate is no text of a program
-        Path(folder, "program.py").write_text(program + last, "utf-8", errors="replace")
-        return _ends(folder, limits) and Path(folder, done).exists()
+        Path(folder, "program.py").write_text(program, "utf-8", errors="replace")
+        return _ends(folder, str(done), limits) and done.exists()
 
 
-def _ends(folder: str, limits: Limits) -> bool:
-    """Whether the program in a folder ends in time, with exit status 0."""
+def _ends(folder: str, done: str, limits: Limits) -> bool:
+    """Whether the program in a folder ends in time, with exit status 0.
+
+    It creates the file ``done`` after its last line.
+    """
     numbers = math.ceil(limits.seconds) + 1, limits.memory_mb * 2**20, _FILE_BYTES, _OPEN_FILES
     process = subprocess.Popen(
-        [sys.executable, "-s", "-P", "-B", "-c", _LIMITED, *map(str, numbers)],
+        [sys.executable, "-s", "-P", "-B", "-c", _LIMITED, *map(str, numbers), done],
         cwd=folder,
         env={
             "HOME": folder,

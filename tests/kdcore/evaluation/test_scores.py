@@ -36,6 +36,17 @@ def test_answers_do_not_depend_on_their_batch_and_come_in_order() -> None:
     assert any(alone)
 
 
+def test_the_indentation_of_an_answer_is_kept() -> None:
+    """A program that continues its prompt is indented from its first line on."""
+    model = tiny_model()
+    said = {"\n    x = 1\n    return x\n": "    x = 1\n    return x", " \n\n a ": " a", "\n": ""}
+    decoded = iter(said)
+    model.tokenizer.decode = lambda *_, **__: next(decoded)
+    asked = [conversation("the mat", "right", id=str(n)) for n in range(3)]
+    found = answers(asked, model, Silent(), "any", batch_size=3, max_new_tokens=1)
+    assert found == list(said.values())
+
+
 def test_a_prompt_without_room_is_answered_with_nothing_and_told() -> None:
     class Heard(Silent):
         def __init__(self) -> None:
@@ -76,6 +87,8 @@ def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(UserError, match="the response of row does not contain a number"):
         scores([conversation("a", "one")], "rouge_l", "exact_match")
     assert scores([conversation("a", "one")], "rouge_l").of
+    with pytest.raises(UserError, match="the last response of row has none"):
+        scores([conversation("a", " ")], "rouge_l")
     with pytest.raises(ValidationError, match="names the score rouge_l twice"):
         scores([], "rouge_l", "rouge_l")
 

@@ -20,7 +20,7 @@ from kdcore_baselines.scores.mathematics import Mathematics
 from kdcore_baselines.scores.programs import PassAtOne, code_in
 from kdcore_baselines.scores.sandbox import Limits, passes
 from kdcore_baselines.scores.text import exact_match, final_number, rouge_l
-from tests.fixtures.apps.endpoint_app import Endpoint, completion, served
+from tests.fixtures.apps.endpoint_app import Endpoint, completion, error, served
 from tests.tiny.tiny_chat_models import tiny_model
 
 LIMITS = Limits(seconds=10, memory_mb=512)
@@ -156,6 +156,24 @@ def test_a_program_passes_at_its_last_line() -> None:
 @pytest.mark.parametrize(
     "program",
     [
+        "from os import *",
+        "def open(account): return account",
+        "import os; os.chdir('/')",
+        "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
+        "import typing\nclass A:\n    next: 'A'\nassert typing.get_type_hints(A) == {'next': A}",
+        "import sys; assert len(sys.argv) == 1 and sys.modules['__main__'].__file__ == __file__",
+    ],
+)
+def test_a_program_runs_as_a_file_does(program: str) -> None:
+    """What it names as ours does not count, and it is the module ``__main__``."""
+    before = sorted(os.listdir("/"))
+    assert passes(program, LIMITS)
+    assert sorted(os.listdir("/")) == before
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
         "while True: pass",
         "import time; time.sleep(60)",
         "held = bytearray(10**9)",
@@ -232,6 +250,20 @@ def test_an_example_of_a_call_behind_a_program_is_not_its_code() -> None:
     assert code_in("```\n    return 2 * n\n```") == "    return 2 * n\n", "completes a prompt"
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        'def f():\n    """Call it so:\n\n    ```python\n    f()\n    ```\n    """\n    return 1\n',
+        "def f(text):\n    return text.split('```')[1]\n",
+    ],
+)
+@pytest.mark.parametrize("indent", ["", "   "])
+def test_a_fence_in_a_program_does_not_end_its_block(code: str, indent: str) -> None:
+    block = "".join(indent + line for line in f"```python\n{code}```\n".splitlines(keepends=True))
+    assert code_in(f"So:\n{block}\nIt adds.") == code
+    assert code_in(f"```python\n{code.rstrip()}```\nIt adds.") == code.rstrip()
+
+
 def test_what_is_not_a_test_or_not_consented_to_is_refused() -> None:
     with pytest.raises(UserError, match="run_code"):
         PassAtOne()
@@ -261,6 +293,31 @@ def test_a_judge_is_asked_in_both_orders(say: Any, value: float) -> None:
     asked = [body["messages"][-1]["content"] for body in running.asked]
     assert len(asked) == 2 and all("[user]\nwhy?" in text for text in asked)
     assert {text.index("mine") < text.index("yours") for text in asked} == {True, False}
+
+
+def test_a_pair_without_a_verdict_is_a_tie() -> None:
+    """The response is cut before its end, or thinks of both, or the pair is too long."""
+    cut = completion("[[A]] or [[B]]?", "length")
+    thought = completion("<think>[[A]]?</think> I cannot say.")
+    for said in (cut, thought, error(400, "context_length_exceeded", "context length 9")):
+        judges = iter([said, completion("<think>[[A]] or [[B]]</think>\n**[[C]]**")] * 2)
+        with served(Endpoint(tiny_model(), instead=lambda text, j=judges: next(j))) as running:
+            judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
+            assert WinRate(judge=judge)([answered("mine", "yours")] * 2) == [0.5, 0.5]
+
+
+def test_a_judge_that_limits_its_rate_is_asked_when_it_says() -> None:
+    """More often than the client library would."""
+    busy = error(429, "rate_limit", "slow down")
+    busy.headers["retry-after"] = "0.01"
+    answers = iter([busy] * 7)
+    instead = lambda text: next(answers, completion("[[C]]"))  # noqa: E731
+    with served(Endpoint(tiny_model(), instead=instead)) as running:
+        judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
+        assert WinRate(judge=judge)([answered("mine", "yours")]) == [0.5]
+        answers = iter([busy] * 10**6)
+        with pytest.raises(UserError, match="received too many requests at once"):
+            WinRate(judge=judge | {"timeout": 0.2})([answered("mine", "yours")])
 
 
 def test_a_judge_without_a_verdict_is_refused() -> None:

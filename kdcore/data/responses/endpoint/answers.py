@@ -103,7 +103,7 @@ class EndpointAnswers:
             drawn |= {"seed": self._generation.seed + number}
         answered = await self._client.answer(
             client,
-            client.chat.completions.create(
+            lambda: client.chat.completions.create(
                 model=self._spec.model,
                 **chat_of(conversation),
                 max_tokens=self._generation.max_new_tokens,  # few servers know its successor
@@ -112,7 +112,7 @@ class EndpointAnswers:
                 **drawn,
             ),
             _read,
-            _too_long,
+            too_long,
         )
         if answered is None:
             return None, 0
@@ -165,6 +165,7 @@ def _is_said(text: Any) -> bool:
     return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
-def _too_long(fault: openai.APIError) -> bool:
+def too_long(fault: openai.APIError) -> bool:
+    """Whether a server refuses a prompt because it exceeds the model's context."""
     text = f"{fault.code} {reason(fault)}".lower()
     return getattr(fault, "status_code", None) == 400 and "context" in text and "length" in text

@@ -8,6 +8,7 @@ cancels the pending ones. The client library handles retries.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ _MODELS, _MODELS_SECONDS = 1000, 10.0
 """Bounds of the list of models, which is only for a better message."""
 _REASON = 300
 """Characters of a server's error message."""
+
+_FEWER = "send fewer requests at once (batch_size, or at_once of win_rate), then rerun"
 
 _NO_KEY = "none"
 """Placeholder for an endpoint without a key; without it, the client library would send a key for
@@ -178,15 +181,18 @@ class EndpointClient:
     async def answer(
         self,
         client: openai.AsyncOpenAI,
-        request: Awaitable[Any],
+        send: Callable[[], Awaitable[Any]],
         read: Callable[[Any], Result],
         refused: Callable[[openai.APIError], bool] = lambda fault: False,
     ) -> Result | None:
-        """Wait for a response and read it.
+        """Send a request, wait for the response and read it.
+
+        A server that limits the rate of requests and says when to come back is asked again then,
+        as long as the time of the request lasts.
 
         Args:
             client: The client.
-            request: The pending request of the client.
+            send: Function that sends the request with the client.
             read: Function of the response.
             refused: Whether an error of the server means that there is no answer to this request.
 
@@ -197,11 +203,18 @@ class EndpointClient:
             UserError: The endpoint cannot be reached, takes too long, returns an error, or
                 responds in another format.
         """
+        busy: openai.RateLimitError | None = None
         try:
             async with asyncio.timeout(self.spec.timeout):
-                response = await request
+                while True:
+                    try:
+                        response = await send()
+                        break
+                    except self.openai.RateLimitError as fault:
+                        busy = fault
+                        await asyncio.sleep(_pause(fault))
         except TimeoutError:
-            raise self._late() from None
+            raise (await self.told(client, busy) if busy else self._late()) from None
         except self.openai.APIError as fault:
             if refused(fault):
                 return None
@@ -255,7 +268,7 @@ class EndpointClient:
     def _late(self) -> Unavailable:
         return Unavailable(
             f"{self.spec.endpoint} does not complete a response within {self.spec.timeout:g} s",
-            "raise timeout of the endpoint, or lower the batch_size of the responses, then rerun",
+            f"raise timeout of the endpoint, or {_FEWER}",
         )
 
     async def told(self, client: openai.AsyncOpenAI, fault: openai.APIError) -> UserError:
@@ -270,7 +283,6 @@ class EndpointClient:
         """
         sdk, place = self.openai, self.spec.endpoint
         status = getattr(fault, "status_code", None)
-        fewer = "lower the batch_size of the responses, then rerun"
         if isinstance(fault.__cause__, UserError):  # of `_bound`; some versions wrap it
             return fault.__cause__
         if isinstance(fault, sdk.APITimeoutError):
@@ -281,8 +293,8 @@ class EndpointClient:
             wanted = f"rejects the key in {self.spec.key}" if self.spec.key else "requires a key"
             return UserError(
                 f"{place} {wanted}",
-                "name the environment variable that holds the key: teacher.key in a spec, or --key "
-                "of `kdcore cache build`",
+                "name the environment variable that holds the key: key beside endpoint in a spec, "
+                "or --key of `kdcore cache build`",
             )
         known = await _models(client)
         if known and self.spec.model not in known:
@@ -296,11 +308,11 @@ class EndpointClient:
                 "use the base URL of its API, which often ends with /v1, and a served model",
             )
         if status == 429:
-            return Unavailable(f"{place} received too many requests at once", fewer)
+            return Unavailable(f"{place} received too many requests at once", _FEWER)
         kind = Unavailable if status is not None and status >= 500 else UserError
         return kind(
             f"{place} returned an error: {self.reason(fault)}",
-            "check the server's log, then rerun; finished answers are kept",
+            "check the server's log, then rerun",
         )
 
     def reason(self, fault: openai.APIError) -> str:
@@ -337,6 +349,17 @@ def reason(fault: openai.APIError) -> str:
     said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
     lines = str(said or fault.message).strip().splitlines()
     return lines[0] if lines else "the server did not state a reason"
+
+
+def _pause(fault: openai.RateLimitError) -> float:
+    """The seconds after which a server wants to be asked again. Raises the fault without them."""
+    try:
+        seconds = float(fault.response.headers["retry-after"])
+    except (KeyError, ValueError):
+        raise fault from None
+    if not 0 < seconds < math.inf:
+        raise fault
+    return seconds
 
 
 def _origin(url: Any) -> tuple[str, str, int | None]:

@@ -119,7 +119,7 @@ class EndpointLogprobs:
         """The tokens of a prompt and one more, and the top log-probs at each."""
         found: Any = await self.client.answer(
             client,
-            client.completions.create(
+            lambda: client.completions.create(
                 model=self.spec.model,
                 prompt=prompt,
                 echo=True,

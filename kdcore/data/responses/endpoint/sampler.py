@@ -231,7 +231,7 @@ class ServedSampler:
             **self._allowed,
         )
         found = await self._endpoint.answer(
-            self._client, self._client.completions.create(**asked), tokens_of
+            self._client, lambda: self._client.completions.create(**asked), tokens_of
         )
         tokens = found[0] if found else None
         if tokens is None:
@@ -280,7 +280,7 @@ class ServedSampler:
         """Wait for one request, at most for some seconds. Raises TimeoutError after them."""
 
         async def asked() -> Any:
-            return await self._endpoint.answer(self._client, send(), read, refused)
+            return await self._endpoint.answer(self._client, send, read, refused)
 
         return self._loop.submit(asked).result(seconds)
 

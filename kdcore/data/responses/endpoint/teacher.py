@@ -233,9 +233,10 @@ class ServedTeacher:
             )
         if chat is None:
             return
+        asked = _prompt_request(self.spec, chat, arguments)
         read = await server.scorer.client.answer(
             server.client,
-            server.client.chat.completions.create(**_prompt_request(self.spec, chat, arguments)),
+            lambda: server.client.chat.completions.create(**asked),
             _prompt_of,
             lambda fault: getattr(fault, "status_code", None) in (400, 404, 501),
         )
