@@ -152,7 +152,7 @@ def _merged(base: Any, changes: Any) -> Any:
 def _merged_items(items: list[Any], changes: dict[Any, Any]) -> list[Any]:
     merged = list(items)
     for key, change in changes.items():
-        if not str(key).isdecimal() or int(key) >= len(items):
+        if str(key) not in map(str, range(len(items))):
             raise ValueError(
                 f"a list of {len(items)} has no item '{key}': give the index of an item, counted "
                 "from 0"
@@ -236,10 +236,37 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         own = changed(known["base"], changes, info.context)
         first = first or own
         for point in points(grid):
-            _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+            try:
+                _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+            except ValueError as fault:
+                if not _lacks_a_field(fault) or not _accepts(known["base"], point, info):
+                    raise
+                raise ValueError(
+                    f"base has the fields {', '.join(grid)}, but arm '{arm}' does not, and every "
+                    "arm is tried at every point: remove that arm, or write an arm for each value "
+                    "instead of the grid"
+                ) from fault
     if first is None:
         return grid
     return {path: [_at_point(first, path, value, info) for value in grid[path]] for path in grid}
+
+
+def _accepts(base: Any, point: Point, info: ValidationInfo) -> bool:
+    try:
+        changed(base, nested(point), info.context)
+    except ValueError:
+        return False
+    return True
+
+
+def _lacks_a_field(fault: Any) -> bool:
+    """Whether an error of `_try`, or one of its list of errors, is that a field is unknown."""
+    if isinstance(fault, PydanticCustomError):
+        return any(map(_lacks_a_field, (fault.context or {}).get("errors", ())))
+    if isinstance(fault, dict):
+        inner = fault.get("ctx", {}).get("errors", ())
+        return fault["type"] == "extra_forbidden" or any(map(_lacks_a_field, inner))
+    return True  # an item that a list lacks
 
 
 def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
@@ -283,6 +310,8 @@ def _refuse_own(changes: dict[str, Any]) -> None:
 def _has(changes: Any, path: str) -> bool:
     """Whether changes set a field, or what is inside it."""
     for key in path.split("."):
+        if isinstance(changes, list):
+            changes = dict(zip(map(str, range(len(changes))), changes, strict=True))
         if not isinstance(changes, dict) or key not in changes:
             return False
         changes = changes[key]

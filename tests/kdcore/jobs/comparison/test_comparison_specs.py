@@ -119,11 +119,33 @@ def test_a_grid_reaches_into_lists(tmp_path: Path, base: dict[str, Any]) -> None
     for path, said in {
         "method.gates.2.k": "a list of 2 has no item '2'",
         "method.gates.x.k": "a list of 2 has no item 'x'",
+        "method.gates.-1.k": "a list of 2 has no item '-1'",
+        "method.gates.01.k": "a list of 2 has no item '01'",
         "method.gates.1.k": "must be greater",
+        "method.gates.1.z": "unknown key",
     }.items():
         wrong = asked(tmp_path, gated, arms={"kd": {}}, grid={path: [-1]}, validation=OTHER)
         with pytest.raises(UserError, match=said):
             read_spec(wrong)
+
+
+@pytest.mark.parametrize(
+    ("gates", "said"),
+    [
+        (["all", {"name": "speckd", "k": 3}], "arm 'b' sets method.gates.1.k, which the grid sets"),
+        ({1: {"k": 3}}, "arm 'b' sets method.gates.1.k, which the grid sets"),
+        ([], "base has the fields method.gates.1.k, but arm 'b' does not"),
+        (["all", "entropy"], "base has the fields method.gates.1.k, but arm 'b' does not"),
+    ],
+)
+def test_an_arm_that_a_grid_does_not_suit_is_named(
+    tmp_path: Path, base: dict[str, Any], gates: Any, said: str
+) -> None:
+    gated = base | {"method": {"gates": ["entropy", "speckd"]}}
+    arms = {"a": {}, "b": {"method": {"gates": gates}}}
+    file = asked(tmp_path, gated, arms=arms, grid={"method.gates.1.k": [1, 5]}, validation=OTHER)
+    with pytest.raises(UserError, match=said):
+        read_spec(file)
 
 
 @pytest.mark.parametrize(
