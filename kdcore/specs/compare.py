@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +26,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.json_schema import JOB_REFERENCE
+from kdcore.specs.parts.changes import Point, changed, has, nested, plain, with_paths
 from kdcore.specs.parts.fields import Count, Name, RunFolder, Seed, SpecModel
 from kdcore.specs.parts.training import RowsSpec
 
@@ -50,10 +50,6 @@ class CellSpec(Protocol):
     def data(self) -> RowsSpec:
         """The rows to train on, and those that are held out."""
 
-
-Trained = TypeVar("Trained", bound=CellSpec)
-Point: TypeAlias = dict[str, Any]
-"""Dotted path of a field -> its value there."""
 
 OWN = {
     "job": "all arms run the job of base",
@@ -128,63 +124,6 @@ def _errors_of(errors: list[Any], model: type[BaseModel]) -> PydanticCustomError
     return PydanticCustomError(PARAMS_ERROR, "invalid base", {"errors": errors, "model": model})
 
 
-def plain(spec: Any) -> dict[str, Any]:
-    """A spec as its file would say it, defaults included."""
-    said: dict[str, Any] = spec.model_dump(mode="json")
-    return said
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    """Plain data with changes laid over it; a component (what has a name) is replaced whole.
-
-    The keys of changes to a list are indices of its items. Raises ValueError for other keys.
-    """
-    if isinstance(base, list) and isinstance(changes, dict) and "name" not in changes:
-        return _merged_items(base, changes)
-    if not (isinstance(base, dict) and isinstance(changes, dict)) or "name" in changes:
-        return changes
-    both = base.keys() | changes.keys()
-    return {
-        key: _merged(base.get(key), changes[key]) if key in changes else base[key] for key in both
-    }
-
-
-def _merged_items(items: list[Any], changes: dict[Any, Any]) -> list[Any]:
-    merged = list(items)
-    for key, change in changes.items():
-        if str(key) not in map(str, range(len(items))):
-            raise ValueError(
-                f"a list of {len(items)} has no item '{key}': give the index of an item, counted "
-                "from 0"
-            )
-        merged[int(key)] = _merged(merged[int(key)], change)
-    return merged
-
-
-def changed(
-    base: Trained, changes: dict[str, Any], context: dict[str, Any] | None = None
-) -> Trained:
-    """A spec with changes laid over it.
-
-    Raises pydantic.ValidationError.
-    """
-    model: Any = type(base)
-    spec: Trained = model.model_validate(_merged(plain(base), changes), context=context)
-    return spec
-
-
-def nested(point: Point) -> dict[str, Any]:
-    """``{"a.b": 1}`` as the changes ``{"a": {"b": 1}}``."""
-    changes: dict[str, Any] = {}
-    for path, value in point.items():
-        into = changes
-        *outer, last = path.split(".")
-        for key in outer:
-            into = into.setdefault(key, {})
-        into[last] = value
-    return changes
-
-
 def _measured_once(base: Any) -> CellSpec:
     """Not before its training, unless it says so itself: no table of a comparison shows that."""
     evaluation: Any = getattr(base, "evaluation", None)
@@ -206,7 +145,7 @@ def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     if "base" not in info.data:
         return changes
     read = _try(info.data["base"], changes, info, "an arm with an invalid value")
-    resolved: dict[str, Any] = _with_paths(changes, plain(read))
+    resolved: dict[str, Any] = with_paths(changes, plain(read))
     return resolved
 
 
@@ -228,7 +167,7 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
     first: Any = None
     for arm, changes in known.get("arms", {}).items():
-        twice = [path for path in grid if _has(changes, path)]
+        twice = [path for path in grid if has(changes, path)]
         if twice:
             raise ValueError(
                 f"arm '{arm}' sets {twice[0]}, which the grid sets too: remove one of them"
@@ -273,24 +212,12 @@ def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
     """A value of a grid, with its paths resolved; as it is if it is invalid on its own."""
     changes = nested({path: value})
     try:
-        made = _with_paths(changes, plain(changed(base, changes, info.context)))
+        made = with_paths(changes, plain(changed(base, changes, info.context)))
     except ValidationError:
         return value
     for key in path.split("."):
         made = made[key]
     return made
-
-
-def _with_paths(changes: Any, read: Any) -> Any:
-    """Changes with the paths of the spec that they make: those in it are resolved already."""
-    if isinstance(changes, dict) and isinstance(read, dict):
-        return {key: _with_paths(value, read.get(key)) for key, value in changes.items()}
-    if isinstance(changes, dict) and isinstance(read, list):
-        return {key: _with_paths(value, read[int(key)]) for key, value in changes.items()}
-    if isinstance(changes, list) and isinstance(read, list) and len(changes) == len(read):
-        return [_with_paths(*both) for both in zip(changes, read, strict=True)]
-    is_path = isinstance(changes, str) and isinstance(read, str) and os.path.isabs(read)
-    return read if is_path else changes
 
 
 def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) -> Any:
@@ -303,19 +230,8 @@ def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) ->
 
 def _refuse_own(changes: dict[str, Any]) -> None:
     for path, why in OWN.items():
-        if _has(changes, path):
+        if has(changes, path):
             raise ValueError(f"{path} cannot be set here: {why}")
-
-
-def _has(changes: Any, path: str) -> bool:
-    """Whether changes set a field, or what is inside it."""
-    for key in path.split("."):
-        if isinstance(changes, list):
-            changes = dict(zip(map(str, range(len(changes))), changes, strict=True))
-        if not isinstance(changes, dict) or key not in changes:
-            return False
-        changes = changes[key]
-    return True
 
 
 Grid: TypeAlias = Annotated[

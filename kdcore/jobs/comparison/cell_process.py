@@ -32,7 +32,8 @@ from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.runs.results import CELL_COST
-from kdcore.specs.compare import CellSpec, plain
+from kdcore.specs.compare import CellSpec
+from kdcore.specs.parts.changes import plain
 
 Message: TypeAlias = tuple[str, str, str]
 """What a cell tells: note, failed or other input; the cause; the cure."""

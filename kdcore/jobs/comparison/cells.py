@@ -27,7 +27,8 @@ from kdcore.runs.results import (
     means_over,
 )
 from kdcore.runs.whole_files import write_whole
-from kdcore.specs.compare import CellSpec, CompareSpec, changed, nested, plain
+from kdcore.specs.compare import CellSpec, CompareSpec
+from kdcore.specs.parts.changes import changed, nested, plain
 from kdcore.specs.parts.training import KeptResponsesSpec
 
 CONTROLS = 3

@@ -52,7 +52,8 @@ from kdcore.runs.results import (
     means_over,
 )
 from kdcore.runs.today import pinned
-from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.compare import CompareSpec
+from kdcore.specs.parts.changes import changed
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 

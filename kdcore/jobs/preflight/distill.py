@@ -30,8 +30,9 @@ from kdcore.models.facts import (
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
-from kdcore.specs.compare import CompareSpec, changed, nested
+from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.changes import changed, nested
 from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches

@@ -15,8 +15,9 @@ from kdcore.jobs.preflight import train_drafter as drafter_preflight
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
-from kdcore.specs.compare import CompareSpec, changed
+from kdcore.specs.compare import CompareSpec
 from kdcore.specs.jobs import JOBS
+from kdcore.specs.parts.changes import changed
 from kdcore.specs.train_drafter import TrainedSpec
 from tests.fixtures.json_lines import write_lines
 from tests.kdcore.runs.test_inputs import InterruptedAfter

@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from kdcore.errors import UserError
-from kdcore.specs.compare import CompareSpec, changed, nested
+from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.changes import changed, nested
 from kdcore.specs.reading.file import read_spec
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec
 

@@ -1,0 +1,88 @@
+"""Changes laid over a spec, as an arm of a comparison and a point of its grid say them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeAlias, TypeVar
+
+Spec = TypeVar("Spec")
+Point: TypeAlias = dict[str, Any]
+"""Dotted path of a field -> its value there."""
+
+
+def plain(spec: Any) -> dict[str, Any]:
+    """A spec as its file would say it, defaults included."""
+    said: dict[str, Any] = spec.model_dump(mode="json")
+    return said
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    """Plain data with changes laid over it; a component (what has a name) is replaced whole.
+
+    The keys of changes to a list are indices of its items. Raises ValueError for other keys.
+    """
+    if isinstance(base, list) and isinstance(changes, dict) and "name" not in changes:
+        return _merged_items(base, changes)
+    if not (isinstance(base, dict) and isinstance(changes, dict)) or "name" in changes:
+        return changes
+    both = base.keys() | changes.keys()
+    return {
+        key: _merged(base.get(key), changes[key]) if key in changes else base[key] for key in both
+    }
+
+
+def _merged_items(items: list[Any], changes: dict[Any, Any]) -> list[Any]:
+    merged = list(items)
+    for key, change in changes.items():
+        if str(key) not in map(str, range(len(items))):
+            raise ValueError(
+                f"a list of {len(items)} has no item '{key}': give the index of an item, counted "
+                "from 0"
+            )
+        merged[int(key)] = _merged(merged[int(key)], change)
+    return merged
+
+
+def changed(base: Spec, changes: dict[str, Any], context: dict[str, Any] | None = None) -> Spec:
+    """A spec with changes laid over it.
+
+    Raises pydantic.ValidationError.
+    """
+    model: Any = type(base)
+    spec: Spec = model.model_validate(_merged(plain(base), changes), context=context)
+    return spec
+
+
+def nested(point: Point) -> dict[str, Any]:
+    """``{"a.b": 1}`` as the changes ``{"a": {"b": 1}}``."""
+    changes: dict[str, Any] = {}
+    for path, value in point.items():
+        into = changes
+        *outer, last = path.split(".")
+        for key in outer:
+            into = into.setdefault(key, {})
+        into[last] = value
+    return changes
+
+
+def with_paths(changes: Any, read: Any) -> Any:
+    """Changes with the paths of the spec that they make: those in it are resolved already."""
+    if isinstance(changes, dict) and isinstance(read, dict):
+        return {key: with_paths(value, read.get(key)) for key, value in changes.items()}
+    if isinstance(changes, dict) and isinstance(read, list):
+        return {key: with_paths(value, read[int(key)]) for key, value in changes.items()}
+    if isinstance(changes, list) and isinstance(read, list) and len(changes) == len(read):
+        return [with_paths(*both) for both in zip(changes, read, strict=True)]
+    is_path = isinstance(changes, str) and isinstance(read, str) and os.path.isabs(read)
+    return read if is_path else changes
+
+
+def has(changes: Any, path: str) -> bool:
+    """Whether changes set a field, or what is inside it."""
+    for key in path.split("."):
+        if isinstance(changes, list):
+            changes = dict(zip(map(str, range(len(changes))), changes, strict=True))
+        if not isinstance(changes, dict) or key not in changes:
+            return False
+        changes = changes[key]
+    return True
