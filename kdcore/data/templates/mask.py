@@ -42,6 +42,7 @@ from kdcore.data.templates.notes import (
     is_all,
     lost,
     unread,
+    unseen,
 )
 from kdcore.data.templates.rendering import (
     end_of_response,
@@ -95,7 +96,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
         ids, learned = first + ids, [False] * len(first) + learned
     else:
         template = template_of(conversation, tokenizer)
-        notes += unread(conversation, template)
+        notes += unread(conversation, template) + unseen(conversation, text)
         if next(m.role for m in conversation.messages if m.role != "system") == "assistant":
             notes += (NO_PROMPT,)
         if ending := opening_as_end(tokenizer, template):

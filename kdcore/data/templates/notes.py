@@ -11,6 +11,7 @@ from kdcore.data.templates.rendering import REASONING, names
 
 NOT_WHOLE = "the chat template does not render {} of a response as written"
 NOT_READ = "the chat template does not read {}"
+NOT_SHOWN = "the chat template does not render a turn of role '{}' as written"
 UNREAD = "the source does not read {} of a row"
 OTHER_START = (
     "the chat template starts a response in another way than the generation prompt does; it is "
@@ -52,6 +53,27 @@ def lost(message: Message, shown: str, template: str) -> tuple[str, ...]:
         if (name == "the content" or names(template, name))
         and any(not any(_squeezed(form) in visible for form in _forms(text)) for text in texts)
     )
+
+
+def unseen(conversation: Conversation, text: str) -> tuple[str, ...]:
+    """Notes about the turns before the last response that its prompt does not show.
+
+    Args:
+        conversation: The conversation.
+        text: The rendered text.
+
+    Returns:
+        A note for each role with such a turn.
+    """
+    visible, messages = _squeezed(text), conversation.messages
+    last = max(at for at, message in enumerate(messages) if message.role == "assistant")
+    missing = (
+        message.role
+        for message in messages[:last]
+        if message.role != "assistant"
+        and not any(_squeezed(form) in visible for form in _forms(message.content))
+    )
+    return tuple(NOT_SHOWN.format(role) for role in dict.fromkeys(missing))
 
 
 def is_all(message: Message, shown: str) -> bool:

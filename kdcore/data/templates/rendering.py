@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,8 +18,10 @@ from kdcore.errors import UserError
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of one field, the thoughts before a response; templates read one or another of them."""
 
-_CONTENT = "kdcore"
+_CONTENT, _THOUGHT = "kdcore", "kdthought"
+_ALL = ("all roles",)
 _PROBE = Conversation("a probe", (Message("user", "a"), Message("assistant", _CONTENT)))
+_TURNS = [{"role": "user", "content": "kduser"}, {"role": "assistant", "content": _CONTENT}]
 _NO_TEXT = re.compile("[\ud800-\udfff]")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_NONE = re.compile(r"""content['"\]]*\s+is\s+(not\s+)?none""", re.IGNORECASE)
@@ -231,6 +233,70 @@ def _after_content(text: str) -> str | None:
 
 
 def _rendered(
+    said: list[dict[str, Any]],
+    template: str,
+    conversation: Conversation,
+    tokenizer: Any,
+    prompt: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text and the marks, with each content in the form that the template reads."""
+    given = _in_parts(said, _read_in_parts(tokenizer, template))
+    if _reads_thoughts_in_parts(tokenizer, template):
+        given = [_with_thought_in_parts(each) for each in given]
+    return _rendered_as_given(given, template, conversation, tokenizer, prompt)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_in_parts(tokenizer: Any, template: str) -> Collection[str]:
+    """The roles whose content a template reads as a list of parts only: none, the user's, all.
+
+    Templates of models that see images often do, and ignore or refuse a content that is a text.
+    """
+    for roles in ((), ("user",), _ALL):
+        with suppress(UserError):
+            given = _in_parts(_TURNS, roles)
+            text, _ = _rendered_as_given(given, template, _PROBE, tokenizer, False)
+            if all(turn["content"] in text for turn in _TURNS):
+                return roles
+    return ()
+
+
+@functools.lru_cache(maxsize=8)
+def _reads_thoughts_in_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a template reads the thought of a response as a part of its content, as Mistral's."""
+    if "thinking" not in template:
+        return False
+    turn = _with_reasoning(_TURNS[1] | {REASONING[0]: _THOUGHT})
+    shown = []
+    for response in (turn, _with_thought_in_parts(turn)):
+        text = ""
+        with suppress(UserError):
+            given = [*_in_parts(_TURNS[:1], _read_in_parts(tokenizer, template)), response]
+            text, _ = _rendered_as_given(given, template, _PROBE, tokenizer, False)
+        shown.append(_THOUGHT in text and _CONTENT in text)
+    return shown == [False, True]
+
+
+def _with_thought_in_parts(said: dict[str, Any]) -> dict[str, Any]:
+    """A response with its thought as the first part of its content."""
+    thought, content = said.get("thinking"), said["content"]
+    if not isinstance(thought, str):
+        return said
+    rest = _in_parts([said], _ALL)[0]["content"] if content else []
+    return said | {"content": [{"type": "thinking", "thinking": thought}, *rest]}
+
+
+def _in_parts(said: list[dict[str, Any]], roles: Collection[str]) -> list[dict[str, Any]]:
+    """Messages of which those of some roles have a list with their text as content."""
+    return [
+        each | {"content": [{"type": "text", "text": each["content"]}]}
+        if isinstance(each["content"], str) and (roles is _ALL or each["role"] in roles)
+        else each
+        for each in said
+    ]
+
+
+def _rendered_as_given(
     said: list[dict[str, Any]],
     template: str,
     conversation: Conversation,

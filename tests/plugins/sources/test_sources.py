@@ -388,6 +388,22 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
             "rows.jsonl:1: a message has a part of type 'image', which language models do not read",
         ),
         (
+            '{"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}',
+            "rows.jsonl:1: a message has a part of type 'tool_use', which language models do not "
+            "read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, '
+            '{"type": "thinking", "thinking": "b"}]}]}',
+            "rows.jsonl:1: a message has a thought behind a text, and templates print thoughts "
+            "first",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "b"}]}]}',
+            "rows.jsonl:1: a message of role user has a thought among the parts of its content, "
+            "and it is no response or has another thought beside it",
+        ),
+        (
             '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',
             "rows.jsonl:2: the id 'a' already exists",
         ),
@@ -530,3 +546,26 @@ def test_real_labelled_texts(name: str, rows: int, classes: int) -> None:
     examples = source.read()
     assert len(examples) == rows
     assert {example.labels for example in examples} == {(n,) for n in range(classes)}
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"type": "thinking", "thinking": "hm", "signature": "x", "text": None},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "h"}, {"text": "m"}]},
+        {"type": "reasoning", "text": "hm"},
+        {"type": "reasoning", "reasoning": "hm"},
+    ],
+)
+def test_a_thought_among_the_parts_of_a_response_is_its_reasoning(
+    thought: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "q"}]}
+    parts = [thought, {"type": "output_text", "text": "a"}, {"type": "text", "text": "b"}]
+    rows = [{"messages": [asked, {"role": "assistant", "content": parts}]}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    (found,) = ChatSource(ChatParams(path=tmp_path / "rows.jsonl"), NO_CONTEXT).read()
+    assert found.messages == (
+        Message("user", "q"),
+        Message("assistant", "ab", fields={"reasoning_content": "hm"}),
+    )

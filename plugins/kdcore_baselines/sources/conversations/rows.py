@@ -9,8 +9,10 @@ from itertools import zip_longest
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
+from kdcore.data.templates.rendering import REASONING
 from kdcore.errors import UserError
 from kdcore_baselines.sources.components import ConversationParams
+from kdcore_baselines.sources.conversations.content_parts import read_content
 from kdcore_baselines.sources.conversations.tidying import opened, tidied
 from kdcore_baselines.sources.conversations.tools import are_calls, calls_of, from_json, tools_of
 from kdcore_baselines.sources.conversations.turn_names import (
@@ -242,12 +244,20 @@ class ConversationRows:
         value = said.pop(content_field, "" if blank and not calls else None)
         if turn.get(role_field) == "function_call":  # its text is the call
             calls, value = calls_of(value, content_field, place), None
-        content = _text_of(value, place)
+        content, thought = read_content(value, place)
         ended, tokens = said.pop("ended", True), said.pop("tokens", ())
         silent = blank and not (content and content.strip()) and not calls
         if silent and not self._knows(named):
             return Message("user", "")  # a cut row, which `tidied` leaves out
         role = self._role(named, role_field, place)
+        if thought is not None:
+            if role != "assistant" or any(name in said for name in REASONING):
+                raise UserError(
+                    f"{place}: a message of role {role} has a thought among the parts of its "
+                    "content, and it is no response or has another thought beside it",
+                    "remove one of the thoughts, or the row",
+                )
+            said[REASONING[0]] = thought
         if role is None or not isinstance(ended, bool) or not (content is not None or calls):
             if "role" in turn or self._params.role:
                 raise _not_a_message(place, shape)
@@ -326,23 +336,6 @@ def _learned(said: dict[str, Any], role: str, place: str) -> bool:
             "only responses are learned: remove train and weight from other messages",
         )
     return all(values)
-
-
-def _text_of(content: Any, place: str) -> str | None:
-    """A text or a list of text parts as one text; None for anything else."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    kinds = {part.get("type") for part in parts if isinstance(part, Mapping)}
-    if seen := next((kind for kind in kinds if kind != "text" and isinstance(kind, str)), None):
-        raise UserError(
-            f"{place}: a message has a part of type '{seen}', which language models do not read",
-            f"remove {place} from the data, and rows like it",
-        )
-    if texts and kinds == {"text"} and all(isinstance(text, str) for text in texts):
-        return "".join(str(text) for text in texts)
-    return None
 
 
 def _refuse_unseen(row: Mapping[str, Any], params: ConversationParams, place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -277,6 +278,72 @@ def test_marks_around_another_text_are_refused() -> None:
     wrong = complaint(chat("why?", "so"), MARKED.replace("'assistant'", "'user'", 1))
     assert wrong.cause == "row-1: the chat template marks a text other than a response"
     assert wrong.cure == "fix its {% generation %} marks, or remove them all"
+
+
+IN_PARTS = {
+    "loops": CHATML.replace(
+        "message['content'] + '<|im_end|>' + '\n'}}",
+        "}}{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}",
+    ).replace("+ }}", "}}"),
+    "first": CHATML.replace("message['content'] +", "message['content'][0]['text'] +"),
+    "user's only": CHATML.replace(
+        "message['content'] +",
+        "(message['content'] | map(attribute='text') | join if message['role'] == 'user' "
+        "else message['content']) +",
+    ),
+}
+"""Templates that read a content, of the user or of all, as a list of parts."""
+
+
+@pytest.mark.parametrize("shape", IN_PARTS)
+def test_a_template_gets_parts_if_it_reads_nothing_else(shape: str) -> None:
+    tokenizer = tiny_tokenizer(IN_PARTS[shape])
+    texts = chat("why?", "so", "when?", "then", system="be brief")
+    row = encode(texts, tokenizer, 512)
+    whole = encode(texts, PLAIN, 512)
+    assert ids_of(row) == ids_of(whole) and torch.equal(row.mask, whole.mask) and not row.notes
+    assert prompt_ids(texts, tokenizer) == prompt_ids(texts, PLAIN)
+    parted = [
+        {"role": turn.role, "content": [{"type": "text", "text": turn.content}]}
+        if "only" not in shape or turn.role == "user"
+        else turn.said
+        for turn in texts.messages
+    ]
+    assert tokenizer.apply_chat_template(parted, tokenize=False).startswith(
+        tokenizer.decode(ids_of(row))
+    )
+
+
+def test_a_thought_is_a_part_where_a_template_reads_it_there() -> None:
+    """As Mistral's does, which reads a response without a thought as a text."""
+    parts = (
+        "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else "
+        "'[THINK]' + part['thinking'] + '[/THINK]' }}{% endfor %}"
+    )
+    template = CHATML.replace(
+        "message['content'] + '<|im_end|>' + '\n'}}",
+        "}}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        f"{parts}{{% endif %}}{{{{ '<|im_end|>\n' }}}}",
+    ).replace("+ }}", "}}")
+    tokenizer = tiny_tokenizer(template)
+    turns = chat("why?", "so", "when?", "then")
+    thought = replace(turns.messages[1], fields={"reasoning_content": "hm"})
+    row = encode(
+        replace(turns, messages=(turns.messages[0], thought, *turns.messages[2:])), tokenizer, 512
+    )
+    assert learned(row, tokenizer) == f"[THINK]hm[/THINK]so{END}then{END}" and not row.notes
+
+
+def test_a_prompt_that_a_template_does_not_print_is_told() -> None:
+    deaf = CHATML.replace(
+        "message['content'] +", "(message['content'] if message['role'] != 'tool' else '') +"
+    )
+    turns = chat("why?", "so", "when?", "then").messages
+    told = Conversation("row", (*turns[:2], Message("tool", "3"), *turns[2:]))
+    note = "the chat template does not render a turn of role 'tool' as written"
+    assert encode(told, tiny_tokenizer(deaf), 512).notes == (note,)
+    assert encode(told, PLAIN, 512).notes == ()
 
 
 def test_a_template_that_prints_no_text_is_refused() -> None:
