@@ -85,11 +85,13 @@ def broken_package(fault: BaseException | None) -> UserError | None:
         return None
     frames = (frame for frame, _ in traceback.walk_tb(fault.__traceback__))
     roots = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
-    found = next((each for each in reversed(roots) if each not in _IMPORTING), "a package")
+    found = next((each for each in reversed(roots) if each not in _IMPORTING), None)
     return UserError(
-        f"transformers imports the package {found}, whose import fails: {type(fault).__name__}: "
-        f"{first_line(fault)}",
-        f"install a build of {found} for the installed torch, or run: pip uninstall {found}",
+        f"transformers imports {f'the package {found}' if found else 'a package'}, whose import "
+        f"fails: {type(fault).__name__}: {first_line(fault)}",
+        f"install a build of {found} for the installed torch, or run: pip uninstall {found}"
+        if found
+        else "fix or uninstall the package that the error speaks of",
     )
 
 

@@ -288,10 +288,13 @@ def label_of(label: Any, place: str) -> tuple[str]:
     Raises:
         UserError: It is missing or is not text, or blanks surround it.
     """
-    if not label:
+    if label is None or label == "":
         raise UserError(f"{place} has no label", "add the label, or remove the row")
     if not isinstance(label, str):
-        raise UserError(f"{place}: the label must be a string", "name another column (label)")
+        raise UserError(
+            f"{place}: the label must be a string or an integer, not {label!r:.40}",
+            "name another column (label), or convert this one",
+        )
     if label != label.strip():
         raise UserError(
             f"{place}: the label '{label}' begins or ends with a blank, which would make it "

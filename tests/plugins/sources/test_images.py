@@ -114,16 +114,18 @@ def test_images_of_every_form_are_the_same_rows(form: str, numbers: Path, tmp_pa
 
 @pytest.mark.needs("Pillow")
 def test_a_gray_image_may_have_three_channels_and_a_damaged_one_is_told(tmp_path: Path) -> None:
-    data = [png(PIXELS[0, :, :, 0]), b"no image"]
+    data = [png(PIXELS[0, :, :, 0]), b"no image", png(PIXELS[0, :, :, 0].astype(np.uint16) * 256)]
     features = Features({"image": Value("binary"), "label": Value("int64")})
-    rows = Dataset.from_dict({"image": data, "label": [0, 1]}, features=features)
+    rows = Dataset.from_dict({"image": data, "label": [0, 1, 1]}, features=features)
     rows.to_parquet(tmp_path / "rows.parquet")
     images = source("image_dataset", path=tmp_path / "rows.parquet")
-    first, second = images.read()
+    first, second, third = images.read()
     pixels = images.encode(first, None, 1).inputs["pixel_values"]
     assert pixels.shape == (3, 6, 6) and torch.equal(pixels[0], pixels[2])
     with pytest.raises(UserError, match=r"rows\.parquet:2: the image cannot be read"):
         images.encode(second, None, 1)
+    with pytest.raises(UserError, match=r"rows\.parquet:3: the image has more than 8 bits"):
+        images.encode(third, None, 1)
 
 
 def test_the_shorter_side_is_scaled_and_the_longer_one_cropped() -> None:

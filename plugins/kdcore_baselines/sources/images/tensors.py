@@ -30,6 +30,11 @@ def pixels_of(image: Any, params: PixelParams, place: str) -> Tensor:
         UserError: These are not the numbers of an image.
     """
     if hasattr(image, "convert"):
+        if image.mode.startswith(("I", "F")):  # Pillow would make all but the darkest pixels white
+            raise UserError(
+                f"{place}: the image has more than 8 bits for each pixel",
+                "convert the images to 8 bits, scaled as the model needs them",
+            )
         image = image.convert("RGB" if params.channels == 3 else "L")
     values = _channels_first(np.asarray(image), params.channels, place)
     pixels = torch.tensor(np.ascontiguousarray(values), dtype=torch.uint8)
