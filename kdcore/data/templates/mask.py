@@ -58,7 +58,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 6
+MASK_RULE = 7
 """Version of the rule above; a teacher cache built under another version does not fit."""
 
 
