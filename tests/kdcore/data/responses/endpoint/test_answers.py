@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -355,10 +356,9 @@ def test_requests_that_hang_do_not_delay_the_end(endpoint: Endpoint) -> None:
     endpoint.instead = lambda text: StreamingResponse(_slowly())
     client = EndpointClient(EndpointSpec(endpoint=endpoint.url, model="tiny-chat"), 2**20)
     loop, connection = RequestLoop(1), client.connect()
-    asked = connection.chat.completions.create(
-        model="tiny-chat", messages=[{"role": "user", "content": "why"}]
-    )
-    pending = loop.submit(lambda: client.answer(connection, asked, str))
+    said: Any = {"model": "tiny-chat", "messages": [{"role": "user", "content": "why"}]}
+    send = partial(connection.chat.completions.create, **said)
+    pending = loop.submit(lambda: client.answer(connection, send, str))
     while not endpoint.asked:
         time.sleep(0.01)
     loop.close(connection)
