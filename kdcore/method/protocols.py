@@ -227,7 +227,8 @@ class Stateful(Protocol):
 
         Args:
             metrics: Means of the step: ``loss``, ``progress``, each ``term/NAME`` before its
-                weight, and each gate's ``acceptance/NAME``.
+                weight, ``distilled``, the sum of those terms that the splitters make, and each
+                gate's ``acceptance/NAME``.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
