@@ -143,8 +143,11 @@ class Matcher(Protocol):
     instead. Its pairs are then numbers of layers, from 1 to L. For hidden states [N, H] it gets
     maps [C, heads, S] of C queries: float32 scores of the S keys, before the softmax, with
     `kdcore.method.records.LOG_ZERO` for the keys that one of the two queries does not see, and
-    gives [C]. Queries are the learned positions of a language model, and all positions of a
-    classifier's row, whose distance is their mean.
+    gives [C]. It may then carry ``values`` (bool, default False): whether its maps are those of the
+    layers' values with themselves, in place of queries and keys.
+
+    What is compared, hidden states or queries, is that of the learned positions of a language
+    model, and of all positions of a classifier's row, whose distance is their mean.
 
     Attributes:
         pairs: After ``bind``, the numbers of the hidden states that are compared: that of the

@@ -107,7 +107,8 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         beside=_share(spec, train, beside),
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
-    seconds = estimates.seconds(spec, models, work)
+    matchers = objective.matchers.values()
+    seconds = estimates.seconds(spec, models, work, matchers)
     trained = [p.numel() for p in models.student.model.parameters() if p.requires_grad]
     return Report(
         components=tuple(chosen(spec, registry)),
@@ -119,7 +120,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         heldout=heldout,
         example=example_row(sources["train"], spec, tokenizer),
         steps=work.steps,
-        memory=estimates.memory(spec, models, work, buffers),
+        memory=estimates.memory(spec, models, work, buffers, matchers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
         served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,

@@ -19,6 +19,7 @@ from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
+from kdcore.models.anatomy import layers_of
 from kdcore.models.attention import refuse_unwatched
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
@@ -37,7 +38,7 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
         models: The models, which need no weights.
 
     Raises:
-        UserError: A matcher of hidden states has a classifier, or a matcher does not fit.
+        UserError: A model has nothing that a matcher reads, or a matcher does not fit.
     """
     for label, matcher in objective.matchers.items():
         assert models.teacher is not None  # Method.build refuses a spec without a live one
@@ -45,12 +46,8 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
         for role, loaded in each.items():
             if reads_attention(matcher):
                 refuse_unwatched(loaded.model, role)
-            elif not loaded.model.can_generate():
-                raise UserError(
-                    f"matcher '{label}' compares the hidden states of language models, and "
-                    f"{loaded.name} is a classifier",
-                    "choose a matcher of attention, or remove the matcher",
-                )
+            else:
+                _refuse_stages(label, loaded)
         matcher.bind(_sizes(models.student), _sizes(models.teacher))
         if reads_attention(matcher):
             ours, theirs = (set(numbers) for numbers in zip(*matcher.pairs, strict=True))
@@ -58,10 +55,23 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
             refuse_unwatched(models.student.model, "student", ours)
 
 
+def _refuse_stages(label: str, loaded: LoadedModel) -> None:
+    """Raises UserError for a model whose hidden states have no common width, or no list."""
+    if getattr(loaded.model.config, "depths", None) is not None:
+        raise UserError(
+            f"matcher '{label}' compares hidden states of one width, and {loaded.name} has stages "
+            "of several widths",
+            "choose models such as ViT or BERT, or remove the matcher",
+        )
+    layers_of(loaded.model)
+
+
 def _sizes(loaded: LoadedModel) -> StateSizes:
-    facts = describe_model(loaded)
-    heads = getattr(loaded.model.config.get_text_config(), "num_attention_heads", None)
-    return StateSizes(facts.layers, facts.hidden, heads if isinstance(heads, int) else 0)
+    facts, config = describe_model(loaded), loaded.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0
+    shared = getattr(config, "num_key_value_heads", None)
+    return StateSizes(facts.layers, facts.hidden, heads, shared if shared and heads else heads)
 
 
 def matched_by(objective: Objective) -> tuple[Matched, Matched]:
