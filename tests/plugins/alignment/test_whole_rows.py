@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
 from kdcore.errors import UserError
+from kdcore.jobs.distill import distill
+from kdcore.jobs.preflight.distill import preflight
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch, StateSizes
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.runs.folder import Run
+from kdcore.specs.distill import DistillSpec
 from kdcore.testing import MatcherSuite
 from kdcore.training.method import objective_of
 from kdcore.training.teachers.kinds import LiveTeacher
@@ -29,6 +34,7 @@ from tests.plugins.alignment.test_attention import (
     rows,
     same_gradients,
 )
+from tests.tiny.distill_specs import logged
 
 LENGTHS = (5, 9, 7)
 
@@ -111,6 +117,31 @@ def test_the_states_of_a_classifiers_row_are_those_of_all_its_positions(name: st
         ]
         means.append(weight[n] * torch.stack(gaps).mean(-1).sum(0).mean())
     same_gradients(found, 0.5 * torch.stack(means).mean(), student)
+
+
+def test_images_in_other_patches_are_refused_before_the_run(tmp_path: Path) -> None:
+    """And images in as many patches are not: both matchers learn from the teacher."""
+    vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "image_size": 8}
+    vit |= {"num_attention_heads": 2, "intermediate_size": 16, "num_channels": 1, "patch_size": 4}
+    vit |= {"initializer_range": 0.5}
+    asked: dict[str, Any] = {
+        "run": tmp_path / "teacher",
+        "student": {"model": "new", "config": vit},
+        "data": {"train": {"name": "digits", "limit": 40}},
+        "method": {"terms": {"task": 1, "kd": 0}},
+        "training": {"batch_size": 20, "steps": 2},
+    }
+    first = distill(DistillSpec.model_validate(asked))
+    method = {"matchers": ["hidden", {"name": "attention", "maps": "values"}], "terms": {"kd": 1}}
+    asked |= {"teacher": {"model": str(first.path("model"))}, "method": method}
+    asked |= {"run": tmp_path / "run", "seed": 1}
+    spec = DistillSpec.model_validate(asked)
+    preflight(spec)
+    assert min(logged(distill(spec), "term/hidden") + logged(Run(spec.run), "term/attention")) > 0
+    other = {"model": "new", "config": vit | {"patch_size": 2}}
+    for job in (preflight, distill):
+        with pytest.raises(UserError, match="a matcher compares"):
+            job(DistillSpec.model_validate(asked | {"student": other, "run": tmp_path / "other"}))
 
 
 def test_a_model_of_stages_has_no_common_width() -> None:

@@ -108,7 +108,7 @@ def test_a_row_without_its_text_is_named(tmp_path: Path) -> None:
 
 
 def test_distillm_2_learns_the_responses_of_both_models_in_each_step(tmp_path: Path) -> None:
-    """(2 - beta) SKL on the teacher's + beta SRKL on the student's; beta reaches 1.5 at the half."""
+    """(2 - beta) SKL on the teacher's + beta SRKL on the student's; beta grows to 1.5."""
     method = {
         "divergence": "skew_kl",
         "sampled_divergence": {"name": "skew_reverse_kl", "detached": True},
