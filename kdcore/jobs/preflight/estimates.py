@@ -267,7 +267,7 @@ def _matching(matcher: Any, models: TeacherAndStudent, work: Work) -> float:
         return 6 * compared * sum(p.numel() for p in matcher.parameters())
     facts = describe_model(models.student), describe_model(models.teacher or models.student)
     of_map = 3 * facts[0].hidden + facts[1].hidden
-    return 2 * compared * work.tokens * of_map
+    return float(2 * compared * work.tokens * of_map)
 
 
 def _kept(loaded: LoadedModel, work: Work) -> int:
