@@ -127,7 +127,11 @@ def _build(
         if on:  # it has no weights in this process
             teacher = replace(teacher, digest=digest_of(spec.local_teacher))
         manifest = Manifest.of(teacher, asked.classes, k)
-        best_of = _on_ray(spec, manifest) if on else _here(asked.rows, _local(asked, manifest.k))
+        best_of = (
+            _on_ray(spec, manifest, progress)
+            if on
+            else _here(asked.rows, _local(asked, manifest.k))
+        )
     else:
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
@@ -294,13 +298,17 @@ def _here(rows: Sequence[Row], best_of: _Scorer) -> _Parts:
     return scored
 
 
-def _on_ray(spec: DistillSpec, manifest: Manifest) -> _Parts:
+def _on_ray(spec: DistillSpec, manifest: Manifest, progress: Progress) -> _Parts:
     """Return a function that scores the rows of parts on a cluster, in any order."""
 
     def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[tuple[int, list[Best]]]:
         asked, date = spec.model_dump(mode="json"), str(today().date())
         work = BestOfWorker(asked, manifest.teacher, manifest.k, date)
-        for number, best in spread(work, parts):
+
+        def died(number: int, line: str) -> None:
+            progress.note(f"shard {number + 1} of {len(parts)}: {line}")
+
+        for number, best in spread(work, parts, died=died):
             if isinstance(best, UserError):
                 raise best
             advance(len(parts[number]))

@@ -264,7 +264,7 @@ def _matching(matcher: Any, models: TeacherAndStudent, work: Work) -> float:
     generates = models.student.model.can_generate()  # else all positions are compared
     compared = len(matcher.pairs) * (work.learned if generates else work.tokens)
     if not reads_attention(matcher):  # as if all pairs share the weights
-        return 6 * compared * sum(p.numel() for p in matcher.parameters())
+        return float(6 * compared * sum(p.numel() for p in matcher.parameters()))
     facts = describe_model(models.student), describe_model(models.teacher or models.student)
     of_map = 3 * facts[0].hidden + facts[1].hidden
     return float(2 * compared * work.tokens * of_map)
