@@ -130,10 +130,11 @@ def _failed(fault: Exception, debug: bool) -> int:
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may provide the command
         cure = f"see `{command} --help`"
-        field = _EXTRA_FIELD.search(fault.format_message())
+        cause = fault.format_message().replace(": Value error, ", ": ")  # of a choice
+        field = _EXTRA_FIELD.search(cause)
         if context and field and any("--set" in each.opts for each in context.command.params):
             cure = f"write --set before each field: --set {field[1]}; {cure}"
-        return _wrong(UserError(fault.format_message(), cure), debug)
+        return _wrong(UserError(cause, cure), debug)
     if (refused := _refused_by_the_machine(fault)) or (refused := broken_package(fault)):
         return _wrong(refused, debug)
     if debug:

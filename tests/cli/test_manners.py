@@ -101,6 +101,7 @@ def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
         (["distil"], "No such command 'distil'", "`kdcore --help`"),
         (["distill"], "Missing argument", "`kdcore distill --help`"),
         (["distill", "a.yaml", "--stes", "3"], "No such option: --stes", "`kdcore distill --help`"),
+        (["compare", "a", "--on", "rai"], "'--on': 'rai' is not one of 'ray'", "compare --help`"),
         (["plugins", "shw", "all"], "No such command 'shw'", "`kdcore plugins --help`"),
         (["check", "none.yaml"], "file not found: none.yaml", "`kdcore init`"),
         (
