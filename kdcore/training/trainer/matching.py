@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, in_field
-from kdcore.method.attention_maps import reads_attention
+from kdcore.method.attention_maps import reads_attention, reads_values
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
@@ -92,7 +92,9 @@ def _read(objective: Objective, side: int, attention: bool) -> set[int]:
 def matched_lines(objective: Objective) -> Iterator[str]:
     """Yield what each bound matcher compares, for a report."""
     for label, matcher in objective.matchers.items():
-        what = "attention of layers" if reads_attention(matcher) else "hidden states"
+        what = "hidden states"
+        if reads_attention(matcher):
+            what = f"{'values' if reads_values(matcher) else 'attention'} of layers"
         pairs = ", ".join(f"{ours} with {theirs}" for ours, theirs in matcher.pairs)
         yield f"matcher {label}: {what} {pairs} (student with teacher)"
 

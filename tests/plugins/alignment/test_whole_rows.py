@@ -136,7 +136,7 @@ def test_images_in_other_patches_are_refused_before_the_run(tmp_path: Path) -> N
     asked |= {"teacher": {"model": str(first.path("model"))}, "method": method}
     asked |= {"run": tmp_path / "run", "seed": 1}
     spec = DistillSpec.model_validate(asked)
-    preflight(spec)
+    assert preflight(spec).matched[1].startswith("matcher attention: values of layers 1 with 1")
     assert min(logged(distill(spec), "term/hidden") + logged(Run(spec.run), "term/attention")) > 0
     other = {"model": "new", "config": vit | {"patch_size": 2}}
     for job in (preflight, distill):
