@@ -270,6 +270,14 @@ def test_no_loss_stops_taid(loss: float) -> None:
     assert math.isfinite(measure.momentum) and measure.t >= 0.7
 
 
+def test_akl_of_the_whole_mass_is_the_forward_kl() -> None:
+    """The sum of the probabilities may exceed 1 by rounding."""
+    student, teacher = pair(0, 4, 8, 700)
+    found = of_logits(build("divergence", "akl", mass=1.0), student.float(), teacher.float())
+    plain = of_logits(build("divergence", "forward_kl"), student.float(), teacher.float())
+    assert torch.equal(found, plain)
+
+
 def test_taid_leaves_the_student_although_it_begins_there() -> None:
     """With ``start: 0`` the target is the student itself, and J is 0 up to rounding."""
     student, teacher = pair(0, 2, 3, 7)
