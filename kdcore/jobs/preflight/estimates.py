@@ -25,6 +25,7 @@ from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
+from kdcore.training.trainer.matching import sizes_of
 
 ACTIVATIONS = 24
 """Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for
@@ -110,15 +111,14 @@ def _kept_for(
 
     A teacher keeps nothing else for a backward pass; of a student they are copies, or gradients.
     """
-    facts = describe_model(models.student), describe_model(models.teacher or models.student)
-    widths = sum(each.hidden for each in facts) * len(matcher.pairs)
+    sizes = [sizes_of(models.student), sizes_of(models.teacher or models.student)]
+    widths = sum(each.width for each in sizes) * len(matcher.pairs)
     rows = spec.training.batch_size * work.longest
     if not reads_attention(matcher):
         return rows * widths * itemsize
     chunk = chunk_on(process_device(), spec.training.chunk, models.student.classes)
-    loaded = [models.student, models.teacher or models.student]
-    heads = sum(getattr(m.model.config, "num_attention_heads", 0) for m in loaded)
-    maps = min(chunk, work.longest) * work.longest * heads * len(matcher.pairs)
+    heads = sum(each.heads for each in sizes) * len(matcher.pairs)
+    maps = min(chunk, work.longest) * work.longest * heads
     return 2 * rows * widths * itemsize + MAPS * 4 * maps
 
 
@@ -265,8 +265,7 @@ def _matching(matcher: Any, models: TeacherAndStudent, work: Work) -> float:
     compared = len(matcher.pairs) * (work.learned if generates else work.tokens)
     if not reads_attention(matcher):  # as if all pairs share the weights
         return float(6 * compared * sum(p.numel() for p in matcher.parameters()))
-    facts = describe_model(models.student), describe_model(models.teacher or models.student)
-    of_map = 3 * facts[0].hidden + facts[1].hidden
+    of_map = 3 * sizes_of(models.student).width + sizes_of(models.teacher or models.student).width
     return float(2 * compared * work.tokens * of_map)
 
 

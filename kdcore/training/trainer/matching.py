@@ -48,7 +48,7 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
                 refuse_unwatched(loaded.model, role)
             else:
                 _refuse_stages(label, loaded)
-        matcher.bind(_sizes(models.student), _sizes(models.teacher))
+        matcher.bind(sizes_of(models.student), sizes_of(models.teacher))
         if reads_attention(matcher):
             ours, theirs = (set(numbers) for numbers in zip(*matcher.pairs, strict=True))
             refuse_unwatched(models.teacher.model, "teacher", theirs)
@@ -66,7 +66,8 @@ def _refuse_stages(label: str, loaded: LoadedModel) -> None:
     layers_of(loaded.model)
 
 
-def _sizes(loaded: LoadedModel) -> StateSizes:
+def sizes_of(loaded: LoadedModel) -> StateSizes:
+    """The sizes of a model that matchers are bound to."""
     facts, config = describe_model(loaded), loaded.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     heads = heads if isinstance(heads, int) else 0

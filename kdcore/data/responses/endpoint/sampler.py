@@ -228,10 +228,9 @@ class ServedSampler:
         if found is None:
             raise self._without_ids()
         tokens, theirs = found
-        ids = torch.tensor([[*prompt, *tokens]], device=student.device)
-        classes = student.get_input_embeddings().num_embeddings
-        if not all(0 <= token < classes for token in tokens):
+        if not all(0 <= token < student.config.get_text_config().vocab_size for token in tokens):
             return [torch.inf]
+        ids = torch.tensor([[*prompt, *tokens]], device=student.device)
         with torch.no_grad():
             logits = student(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
         logp = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
