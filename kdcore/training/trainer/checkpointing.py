@@ -20,6 +20,7 @@ from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.models.device import moved
+from kdcore.runs.whole_files import naming
 from kdcore.training.trainer import checkpoint as checkpoint_state
 from kdcore.training.trainer.matching import without_matchers
 from kdcore.training.trainer.shards import (
@@ -99,13 +100,15 @@ class CheckpointingTrainer(Trainer):
         The Trainer goes by their times, and would remove the one that it has just written if the
         clock went back.
         """
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with naming(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save and limit:
-            remove_oldest(Path(str(self.args.output_dir)), self.state.global_step, limit)
+            remove_oldest(folder, step, limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, unless it is sharded: its shards are written with the optimizer's."""

@@ -389,6 +389,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "have a label ('intent')",
         "text: text, label: intent}",
     ),
+    "an export of Zendesk": (
+        {"ticket": {"id": 1, "comments": [{"author": {"role": "agent"}, "body": "Yes."}]}},
+        "it has lists inside others: ticket.comments",
+        '{"messages": [{"role": "user"',
+    ),
+    "an export of Intercom, in one mapping": (
+        {
+            "type": "conversation.list",
+            "conversations": [{"id": 1, "parts": {"type": "list", "parts": [{"body": "Yes."}]}}],
+        },
+        "it has lists inside others: conversations[0].parts.parts",
+        '{"messages": [{"role": "user"',
+    ),
+    "a call in a message without a text": (
+        {"messages": [{"role": "user", "content": 5, "calls": [{"name": "it"}]}]},
+        "a message must be {role, content} with two strings",
+        'write {"role": "user"',
+    ),
     "OpenAssistant's trees": (
         {"prompt": {"text": "Where?", "role": "prompter", "replies": []}},
         "no field of",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kdcore.components.hookspecs import hookimpl
@@ -120,6 +121,18 @@ def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(
     assert same(weights(distill(spec_of(asked, run), resume=True)), unbroken)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_names_the_checkpoint(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(SafetensorError) as raised:
+        distill(spec_of(asked, tmp_path / "run"))
+    assert vars(raised.value)["filename"] == str(tmp_path / "run/checkpoint-2")
 
 
 def test_the_newest_checkpoint_stays_when_the_clock_goes_back(
