@@ -395,10 +395,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         '{"messages": [{"role": "user"',
     ),
     "an export of Intercom, in one mapping": (
-        {
-            "type": "conversation.list",
-            "conversations": [{"id": 1, "parts": {"type": "list", "parts": [{"body": "Yes."}]}}],
-        },
+        {"conversations": [{"id": 1, "parts": {"type": "list", "parts": [{"body": "Yes."}]}}]},
         "it has lists inside others: conversations[0].parts.parts",
         '{"messages": [{"role": "user"',
     ),

@@ -30,11 +30,12 @@ def test_an_export_becomes_conversations(
         *(comment("bot", "Und <b>bald</b>."), comment("end-user", "Danke!")),
     ]
     tickets = [{"id": n, "comments": [each, *said]} for n, each in enumerate([*asked, *asked])]
+    tickets.append({"id": 99, "comments": [comment("end-user", "Wo?"), said[0]]})
     Path("tickets.json").write_text(json.dumps({"tickets": tickets, "next_page": None}))
     (program,) = (block for block in BLOCKS if block.title == "export.py")
     exec(program.text, {})  # noqa: S102
     rows = [json.loads(line) for line in Path("chats.jsonl").read_text("utf-8").splitlines()]
-    assert len(rows) == 30
+    assert len(rows) == 31
     assert [(turn["role"], turn["content"]) for turn in rows[0]["messages"]] == [
         ("user", "Wo ist Nr. 0 & 1?"),
         ("assistant", "Hier.\nDanke"),
@@ -44,5 +45,5 @@ def test_an_export_becomes_conversations(
     ]
     assert main.run(["init", "tickets.yaml", "--data", "chats.jsonl"]) == 0
     told = capsys.readouterr().out
-    assert "chats.jsonl: 30 conversations, read by the source chat" in told
+    assert "chats.jsonl: 31 conversations, read by the source chat" in told
     assert "tidy: successive turns of one role are joined" in told and "HTML" not in told
