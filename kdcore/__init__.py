@@ -148,9 +148,9 @@ if TYPE_CHECKING:
         Stateful,
     )
     from kdcore.method.records import Batch, LogitBatch, Part, Row, SampledTokens, StateSizes
-    from kdcore.method.schedule import PositiveSchedule, Schedule
     from kdcore.models.loading.loaded import LoadedModel
     from kdcore.runs.folder import Run
+    from kdcore.specs.parts.schedule import PositiveSchedule, Schedule
     from kdcore.training.loss import DistillationLoss
     from kdcore.training.momentum_optimizer import MomentumOptimizer
 else:
@@ -177,9 +177,9 @@ else:
         "kdcore.method.protocols": "Advantage Divergence Gate KnowledgeSplitter Matcher "
         "MomentumPolicy RankedGate Stateful",
         "kdcore.method.records": "Batch LogitBatch Part Row SampledTokens StateSizes",
-        "kdcore.method.schedule": "PositiveSchedule Schedule",
         "kdcore.models.loading.loaded": "LoadedModel",
         "kdcore.runs.folder": "Run",
+        "kdcore.specs.parts.schedule": "PositiveSchedule Schedule",
         "kdcore.training.loss": "DistillationLoss",
         "kdcore.training.momentum_optimizer": "MomentumOptimizer",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
 
@@ -41,7 +42,7 @@ def optional_package(
     package = package or root.replace("_", "-")
     cure = _installed_by(install, instead)
     with suppress(PackageNotFoundError):
-        found, allowed = version(package), _allowed(package, install)
+        found, allowed = _versions(package, install)
         if not allowed.contains(found, prereleases=True):
             raise UserError(f"{user} requires {package} {allowed}, and {found} is installed", cure)
     try:
@@ -111,6 +112,12 @@ def import_early(module: str) -> ModuleType | None:
 def _installed_by(install: str, instead: str) -> str:
     quoted = f'"{install}"' if install.endswith("]") else install  # brackets mean much to a shell
     return f"run: pip install {quoted}" + (f", or {instead}" if instead else "")
+
+
+@cache  # reading the metadata takes milliseconds, and some packages are asked for in each pass
+def _versions(package: str, install: str) -> tuple[str, SpecifierSet]:
+    """The installed version of a package, and those that an extra allows."""
+    return version(package), _allowed(package, install)
 
 
 def _allowed(package: str, install: str) -> SpecifierSet:

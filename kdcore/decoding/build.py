@@ -17,6 +17,7 @@ from transformers import (
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
+from kdcore.decoding.drafters.fallback import FallbackDrafter
 from kdcore.decoding.drafters.files import load_drafter, saved_choice
 from kdcore.decoding.engines.protocols import CompilingEngine, Engine
 from kdcore.decoding.loop import Decoder, refuse_unsuited
@@ -75,6 +76,8 @@ def build_decoder(
         engines = BoundEngines(target, registry)
     engine = engines.bound(drafting.engine, drafter.layers, note)
     _let_engine_draft(drafter, engine, note)
+    if drafting.first is not None:
+        drafter = FallbackDrafter(_untrained(target, drafting.first, registry), drafter)
     account = DraftingAccount() if drafting.pauses else None
     return Decoder(target.model, drafter, verifier, _sampling(sampling, target), engine, account)
 
@@ -213,6 +216,12 @@ def build_before_target(
     chosen = drafting.tree or getattr(drafter and drafter.params, "tree", None)
     tree = assembly.build(chosen) if isinstance(chosen, Choice) else None
     refuse_unsuited(verifier, _sampling(sampling), tree)
+    if drafting.first is not None and getattr(verifier, "chain", False):
+        raise UserError(
+            f"{type(verifier).__name__} follows a single chain, and two drafters propose a tree",
+            "remove first, or choose the verifier 'sampling'",
+            "first",
+        )
     return tree, verifier
 
 
@@ -247,8 +256,11 @@ def lossless_verifier(registry: Registry, *, greedy: bool) -> Verifier:
 def _drafter(target: LoadedModel, drafting: DraftingSpec, registry: Registry) -> Any:
     if drafting.folder is not None:
         return load_drafter(drafting.folder, target, registry, dtype=target.model.dtype)
-    chosen = drafting.drafter or _named("drafter", "nothing", registry)
-    drafter = Assembly(registry, target.model.device).build(chosen)
+    return _untrained(target, drafting.drafter or _named("drafter", "nothing", registry), registry)
+
+
+def _untrained(target: LoadedModel, choice: Choice, registry: Registry) -> Any:
+    drafter = Assembly(registry, target.model.device).build(choice)
     drafter.bind(target.model, target.tokenizer)
     if isinstance(drafter, torch.nn.Module):  # untrained: in the target's dtype, like a trained one
         drafter.to(target.model.device, target.model.dtype).eval()

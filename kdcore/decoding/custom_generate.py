@@ -34,6 +34,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry, installed
 from kdcore.decoding.build import REFERENCE, lossless_verifier
+from kdcore.decoding.drafters.fallback import FallbackDrafter
 from kdcore.decoding.drafters.files import load_drafter, read_config
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.loop import Decoder, Stop
@@ -57,6 +58,7 @@ _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 def speculative(
     drafter: Drafter | Path | str,
     *,
+    first: Drafter | str | None = None,
     verifier: Verifier | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
@@ -77,6 +79,8 @@ def speculative(
         drafter: The folder of a trained drafter, or the name of a drafter with its default
             parameters, such as ``ngram``: both are bound to the model at the first call. Or a
             drafter that is bound already.
+        first: A drafter that reads tokens alone and is asked first, bound or the name of one, such
+            as ``suffix``; the other one drafts where it has nothing.
         verifier: The verifier (default: the lossless one, greedy or sampling by ``do_sample``).
         streamer: A streamer of transformers.
         tokenizer: The tokenizer of the stop strings.
@@ -90,26 +94,32 @@ def speculative(
         the state of one call.
 
     Raises:
-        UserError: There are stop strings without a tokenizer, or ``drafter`` is neither a name nor
-            the folder of a drafter.
+        UserError: There are stop strings without a tokenizer, ``drafter`` is neither a name nor the
+            folder of a drafter, or ``first`` is another name.
     """
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings require a tokenizer", "give it as tokenizer=")
-    named = isinstance(drafter, str) and drafter in (registry or installed()).names("drafter")
-    if isinstance(drafter, Path | str) and not named:
+    named = (registry or installed()).names("drafter")
+    if isinstance(drafter, Path) or (isinstance(drafter, str) and drafter not in named):
         read_config(Path(drafter))  # before a service waits for its first request
+    if isinstance(first, str):
+        (registry or installed()).component("drafter", first)
 
-    @lru_cache(maxsize=1)
-    def bound(model: PreTrainedModel) -> Drafter:
-        if not isinstance(drafter, Path | str):
-            return drafter
+    def bound_alone(given: Drafter | Path | str, model: PreTrainedModel) -> Drafter:
+        if not isinstance(given, Path | str):
+            return given
         known = registry or installed()
-        if not named:
-            return load_drafter(Path(drafter), already_loaded(model), known, dtype=model.dtype)
-        choice = Choice("drafter", str(drafter), known.component("drafter", str(drafter)).params())
+        if isinstance(given, Path) or given not in known.names("drafter"):
+            return load_drafter(Path(given), already_loaded(model), known, dtype=model.dtype)
+        choice = Choice("drafter", given, known.component("drafter", given).params())
         built: Drafter = Assembly(known, model.device).build(choice)
         built.bind(model, tokenizer)
         return built
+
+    @lru_cache(maxsize=1)
+    def bound(model: PreTrainedModel) -> Drafter:
+        own = bound_alone(drafter, model)
+        return own if first is None else FallbackDrafter(bound_alone(first, model), own)
 
     @lru_cache(maxsize=1)
     def bound_to(model: PreTrainedModel) -> Engine | None:

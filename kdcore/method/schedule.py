@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, TypeAlias
-
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WithJsonSchema,
-    WrapValidator,
-)
+from typing import TypeAlias
 
 from kdcore.errors import UserError
 
-MOST = 1e9
-_Progress = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
-_Value = Annotated[float, Field(ge=-MOST, le=MOST)]
-Points: TypeAlias = list[tuple[_Progress, _Value]]
-
-
-def _rising(value: Any, handler: ValidatorFunctionWrapHandler) -> float | Points:
-    try:
-        schedule: float | Points = handler(value)
-    except ValidationError:
-        raise ValueError(
-            f"must be a number or [[progress, value], ...], with values of at most {MOST:g}"
-        ) from None
-    if isinstance(schedule, list):
-        places = [place for place, _ in schedule]
-        if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] > 1:
-            raise ValueError(
-                "the progress values in [[progress, value], ...] must increase and lie between "
-                "0 and 1"
-            )
-    return schedule
-
-
-def _positive(schedule: float | Points) -> float | Points:
-    values = [value for _, value in schedule] if isinstance(schedule, list) else [schedule]
-    if min(values) <= 0:
-        raise ValueError("must be greater than 0 at every point")
-    return schedule
-
-
-Schedule: TypeAlias = Annotated[_Value | Points, WrapValidator(_rising)]
-"""``0.5``, or ``[[0, 0.1], [1, 0.9]]``: linear in between, held before and after."""
-
-PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]
-"""The same, above 0."""
+Points: TypeAlias = list[tuple[float, float]]
+"""``[(progress, value), ...]`` of rising progress: linear in between, held before and after."""
 
 
 def value_at(schedule: float | Points, progress: float) -> float:

@@ -118,12 +118,12 @@ class OpenVinoPass:
 
     def compact(self, slots: Tensor) -> None:
         """Drop all other slots of each row; see `Engine.compact`."""
-        chosen = slots[:, None, :, None]
+        chosen, tensor = slots[:, None, :, None], openvino().Tensor
         for state in self._request.query_state():
             held = torch.from_numpy(state.state.data)
             _, heads, _, width = held.shape
             kept = held[self._beams].gather(2, chosen.expand(-1, heads, -1, width))
-            state.state = openvino().Tensor(kept.contiguous().numpy())
+            state.state = tensor(kept.contiguous().numpy())
         self._slots = slots.shape[1]
         self._beams = torch.arange(len(slots), dtype=torch.int32)
 

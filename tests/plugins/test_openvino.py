@@ -132,6 +132,24 @@ def test_it_decodes_what_transformers_generates(family: str) -> None:
     assert answers == generated(model, rows, COUNT)
 
 
+def test_decoding_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the metadata of a package would be, for each tensor of the cache that is compacted."""
+    model, rows = made("llama"), prompts(3)
+    decoder, compacted = decoder_of(model), []
+    engine = decoder.session.engine
+    compact = engine.compact
+    monkeypatch.setattr(engine, "compact", lambda slots: compacted.append(compact(slots)))
+    opened: list[str] = []
+    watched = [True]
+    sys.addaudithook(  # which cannot be removed again
+        lambda event, details: opened.append(details[0]) if event == "open" and watched else None
+    )
+    answers = decoder.generate(*padded(rows), Stop(COUNT))
+    watched.clear()
+    assert compacted and answers == generated(model, rows, COUNT)
+    assert opened == []
+
+
 def test_a_bfloat16_model_is_computed_in_float32() -> None:
     rounded = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
     engine = bound_engine(rounded)

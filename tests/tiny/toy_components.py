@@ -11,9 +11,9 @@ from kdcore.components.choice import GateChoice
 from kdcore.components.component import Component, Params
 from kdcore.components.hookspecs import hookimpl
 from kdcore.components.registry import Registry
-from kdcore.method.schedule import Schedule
 from kdcore.specs.jobs import kdcore_jobs as kdcore_jobs  # a hook, and so this module's too
 from kdcore.specs.parts.fields import InputPath
+from kdcore.specs.parts.schedule import Schedule
 
 
 class SpeckdParams(Params):

@@ -30,6 +30,14 @@ Drafter: TypeAlias = Annotated[
         "trained drafter.",
     ),
 ]
+First: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DRAFTER",
+        help="Drafter that is asked before --drafter, which drafts where this one has nothing, "
+        "e.g. '{name: suffix, least: 0.5}'.",
+    ),
+]
 Tree: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="TREE", help="Tree name or mapping (default: the tree of the drafter)."),
@@ -252,8 +260,9 @@ def drafting_spec(
     engine: str | None,
     registry: Registry,
     pauses: bool = False,
+    first: str | None = None,
 ) -> DraftingSpec:
-    """Build a spec from the options --drafter, --tree, --verifier, --engine and --pauses.
+    """Build a spec from the options of the same names.
 
     Args:
         drafter: Name, mapping in YAML, or folder of a trained drafter.
@@ -262,6 +271,7 @@ def drafting_spec(
         engine: Name or mapping in YAML; None for the default.
         registry: Known components.
         pauses: Whether drafting stops while it does not pay.
+        first: Name or mapping in YAML of a drafter that is asked first; None for none.
 
     Returns:
         The validated spec.
@@ -271,7 +281,7 @@ def drafting_spec(
     """
     from kdcore.specs.parts.decoding import DraftingSpec
 
-    given = {"tree": tree, "verifier": verifier, "engine": engine}
+    given = {"first": first, "tree": tree, "verifier": verifier, "engine": engine}
     said = {name: _plain(text, name) for name, text in given.items() if text is not None}
     said["pauses"] = pauses
     if drafter not in registry.names("drafter") and Path(drafter).is_dir():

@@ -23,6 +23,7 @@ from kdcore_cli.commands.decoding_options import (
     Drafter,
     Dtype,
     Engine,
+    First,
     FrequencyPenalty,
     MaxNewTokens,
     MinNewTokens,
@@ -75,6 +76,7 @@ def generate(
         typer.Argument(metavar="PROMPT", help="Prompt to answer; omit it to start a conversation."),
     ] = None,
     drafter: Drafter = "nothing",
+    first: First = None,
     tree: Tree = None,
     pauses: Pauses = False,
     verifier: Verifier = None,
@@ -116,7 +118,7 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="File for the answers (default: stdout).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Number of prompts answered at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts answered at once.", min=1)] = 1,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -137,7 +139,7 @@ def generate(
     kdcore generate MODEL --file prompts.jsonl --out answers.jsonl
     """
     found = registry.installed()
-    drafting = drafting_spec(drafter, tree, verifier, engine, found, pauses)
+    drafting = drafting_spec(drafter, tree, verifier, engine, found, pauses, first)
     sampling = sampling_spec(
         found,
         temperature=temperature,
@@ -158,10 +160,6 @@ def generate(
         raise UserError("PROMPT and --file exclude each other", "remove one of them")
     if "" in (stop or ()):
         raise UserError("--stop is empty", "write the text that ends an answer")
-    if batch_size < 1:
-        raise UserError(
-            f"--batch-size must be at least 1, not {batch_size}", "write a larger number"
-        )
     if out is not None:
         if file is None:
             raise UserError("--out requires --file", "add --file JSONL, or remove --out")

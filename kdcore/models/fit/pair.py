@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from kdcore.errors import UserError, in_field
-from kdcore.models.folder.quantization import refuse_untrainable
+from kdcore.models.folder.quantization import refuse_quantized_training
 from kdcore.models.loading.load import load_model, load_student, set_padding
 from kdcore.models.loading.loaded import LoadedModel, first_few, in_order
 from kdcore.models.loading.mapped import mapped_student
@@ -89,7 +89,7 @@ class TeacherAndStudent:
                 fit together.
         """
         sharded = student_file is not None
-        refuse_untrainable(spec.student, spec.local_teacher, sharded=sharded)
+        refuse_quantized_training(spec.student, spec.local_teacher, sharded=sharded)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         number = (3 if reference else 2) + len(spec.local_teachers)

@@ -91,7 +91,7 @@ def method_of(config: Any) -> str | None:
     return str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
 
 
-def refuse_untrainable(
+def refuse_quantized_training(
     spec: StudentSpec, teacher: ModelSpec | None, *, sharded: bool = False
 ) -> None:
     """Check, before anything is loaded, that a quantised student can be trained and saved.

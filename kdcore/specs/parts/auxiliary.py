@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from kdcore.components.choice import SourceChoice
-from kdcore.method.schedule import Schedule
 from kdcore.specs.parts.fields import Count, SpecModel
+from kdcore.specs.parts.schedule import Schedule
 
 
 class AuxiliarySpec(SpecModel):

@@ -23,6 +23,11 @@ class DraftingSpec(SpecModel):
     folder: InputPath | None = Field(
         None, description="folder of a trained drafter, instead of drafter"
     )
+    first: DrafterChoice | None = Field(
+        None,
+        description="a drafter that reads tokens alone and is asked first, e.g. suffix; drafter or "
+        "folder drafts where it has nothing",
+    )
     tree: TreeChoice | None = Field(
         None, description="draft tree, for drafters that use one (default: the drafter's own)"
     )
@@ -45,6 +50,10 @@ class DraftingSpec(SpecModel):
     def _one_drafter(self) -> DraftingSpec:
         if self.drafter is not None and self.folder is not None:
             raise ValueError("drafter and folder cannot both be set: remove one of them")
+        if self.first is not None and self.drafter is None and self.folder is None:
+            raise ValueError(
+                "first names a drafter that is asked before another one: set drafter or folder too"
+            )
         return self
 
 

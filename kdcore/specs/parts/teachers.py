@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from kdcore.method.schedule import Points, Schedule, value_at
+from kdcore.method.schedule import Points, value_at
 from kdcore.specs.parts.endpoint import Address, EndpointSpec, kind_of_teacher
 from kdcore.specs.parts.fields import (
     MOST_WIDE,
@@ -19,6 +19,7 @@ from kdcore.specs.parts.fields import (
     SpecModel,
 )
 from kdcore.specs.parts.on_policy import sampled_with_teacher
+from kdcore.specs.parts.schedule import Schedule
 
 
 class ServedTeacherSpec(EndpointSpec):

@@ -19,7 +19,6 @@ from kdcore.components.choice import (
     SourceChoice,
     SplitterChoice,
 )
-from kdcore.method.schedule import PositiveSchedule, Schedule
 from kdcore.specs.parts.fields import (
     MOST_ITEMS,
     Beta,
@@ -30,6 +29,7 @@ from kdcore.specs.parts.fields import (
     Seed,
     SpecModel,
 )
+from kdcore.specs.parts.schedule import PositiveSchedule, Schedule
 
 _FORWARD_KL: Any = "forward_kl"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from kdcore.components.optional_packages import broken_package, import_early, op
 from kdcore.errors import UserError
 
 USER = "the engine openvino requires"
+
+
+@pytest.fixture(autouse=True)
+def _versions_are_read() -> Iterator[None]:
+    optional_packages._versions.cache_clear()
+    yield
+    optional_packages._versions.cache_clear()
 
 
 def refused(module: str = "openvino") -> tuple[str, str]:
@@ -33,6 +41,7 @@ def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optional_packages, "version", lambda package: "2025.1")
     cause = f"{USER} openvino >=2026.4, and 2025.1 is installed"
     assert refused() == (cause, 'run: pip install "kdcore[openvino]", or use torch')
+    optional_packages._versions.cache_clear()
     monkeypatch.setattr(optional_packages, "version", lambda package: "2026.5rc1")
     assert optional_package("json", "kdcore[openvino]", "x", package="openvino").__name__ == "json"
 

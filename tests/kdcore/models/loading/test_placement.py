@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from kdcore.errors import UserError
 from kdcore.models.folder import quantization
-from kdcore.models.folder.quantization import refuse_untrainable
+from kdcore.models.folder.quantization import refuse_quantized_training
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec, LoraSpec, StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
@@ -183,14 +183,14 @@ def test_a_quantised_student_is_refused_by_its_config(
     config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))  # there are no weights to read
     with pytest.raises(UserError) as caught:
-        refuse_untrainable(StudentSpec(model=str(tmp_path), **student), None)
+        refuse_quantized_training(StudentSpec(model=str(tmp_path), **student), None)
     assert cause in caught.value.cause and cure in caught.value.cure
     twice = StudentSpec(model=str(tmp_path), quantization=FOUR_BITS, lora=LoraSpec())
     with pytest.raises(UserError, match="are quantised already"):
-        refuse_untrainable(twice, None)
+        refuse_quantized_training(twice, None)
     adapted = StudentSpec(model=str(tmp_path), lora=LoraSpec())
     with pytest.raises(UserError, match=r"FSDP does not shard the quantised weights of .*\n.*fsdp"):
-        refuse_untrainable(adapted, None, sharded=True)
+        refuse_quantized_training(adapted, None, sharded=True)
 
 
 SOURCE = {"name": "chat", "path": "rows.jsonl"}
