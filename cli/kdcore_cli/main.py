@@ -199,13 +199,22 @@ def _refused_by_the_machine(fault: BaseException | None) -> UserError | None:
             # safetensors gives the reason in its message only
             if getattr(fault, "errno", None) == number or reason in said:
                 place = str(getattr(fault, "filename", None) or "a file").removesuffix(PART)
+                elsewhere = "write to another folder (--out)"
+                if _is_kept(place):
+                    elsewhere = "set the environment variable KDCORE_CACHE to another folder"
                 return UserError(
                     f"{place} cannot be written: {reason}",
-                    f"{cure}, then rerun the command (a run with --resume), or write to another "
-                    "folder (--out)",
+                    f"{cure}, then rerun the command (a run with --resume), or {elsewhere}",
                 )
         fault = fault.__cause__ or fault.__context__
     return None
+
+
+def _is_kept(place: str) -> bool:
+    """Whether a path is one of those that kdcore writes unasked."""
+    from kdcore.models.folder.kept_files import cache_folder
+
+    return Path(place).is_relative_to(cache_folder())
 
 
 def _whose(fault: Exception) -> str:

@@ -181,6 +181,22 @@ def test_a_full_disk_is_no_fault_of_ours(
     assert "--resume" in said.err and "Traceback" not in said.err
 
 
+def test_a_cache_that_cannot_be_written_is_moved_by_its_variable(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another folder for the results would not help."""
+    kept = tmp_path / "cache/openvino/model"
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(kept))
+
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
+    said = kdcore("plugins", "list")
+    assert said.code == 2 and "--out" not in said.err
+    assert "or set the environment variable KDCORE_CACHE to another folder" in said.err
+
+
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
