@@ -248,9 +248,9 @@ def _dequantised(file: Path) -> Path:
 def file_digest(file: Path) -> str:
     """A file's sha256, cached until the file changes.
 
-    Its size and modification time alone do not show that: archives, `cp -p` and builds that can be
-    reproduced set the time, and a clock may go back. The time of its last change, and its number in
-    the file system, cannot be set. A cache that cannot be written costs time, and nothing else.
+    Its size and modification time alone do not show that: archives, `cp -p` and reproducible builds
+    set the time, and a clock may go back. The time at which the system saw its last change, and its
+    number in the file system, cannot be set. A cache that cannot be written costs time alone.
 
     Args:
         file: The file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"conversations": [{"id": 1, "parts": {"type": "list", "parts": [{"body": "Yes."}]}}]},
         "it has lists inside others: conversations[0].parts.parts",
         '{"messages": [{"role": "user"',
+    ),
+    "fields inside one another": (
+        {"a": functools.reduce(lambda inner, _: {"a": inner}, range(300), {"a": []})},
+        "no field of",
+        "prompt: FIELD",
     ),
     "a call in a message without a text": (
         {"messages": [{"role": "user", "content": 5, "calls": [{"name": "it"}]}]},

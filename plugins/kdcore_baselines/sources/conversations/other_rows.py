@@ -29,8 +29,8 @@ _SIDES = (
 """What stands before the turns of the two sides in a text that holds a whole conversation."""
 _CHOICES = {"choice", "option", "ending"}
 """Words of a field with the answers to choose from."""
-_MOST_LISTS = 3
-"""As many as a message lists."""
+_MOST_LISTS, _DEEPEST = 3, 5
+"""Most lists that a message names, and the levels of fields in which they are looked for."""
 _ALIKE = re.compile(r"(.+?)(?:[_ -]?\d+|[_ -][A-Za-z]|(?<=[a-z])[A-Z])")
 """A name of one of several fields that are alike: answer_0, response2, human_ref_A, responseB."""
 
@@ -62,7 +62,7 @@ def refuse_nested(rows: Rows, origin: str) -> None:
 
 def _lists_within(value: Any, place: str = "") -> Iterator[str]:
     """The places of the lists of mappings in a value, e.g. ``ticket.comments``."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and place.count(".") < _DEEPEST:
         for name, each in value.items():
             yield from _lists_within(each, f"{place}.{name}" if place else str(name))
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):

@@ -1,4 +1,4 @@
-"""The digest of a file is that of its present content, whatever the clock and the cache are like."""
+"""The digest of a file is that of its present content, whatever clock and cache are like."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_another_content_of_the_same_size_and_time(tmp_path: Path, in_place: bool) -> None:
-    """As archives, `cp -p` and builds that can be reproduced leave it, or a clock that goes back."""
+    """As archives, `cp -p` and reproducible builds leave it, or a clock that goes back."""
     file, other = tmp_path / "model.safetensors", tmp_path / "other"
     file.write_bytes(b"first")
     os.utime(file, (1, 1))
