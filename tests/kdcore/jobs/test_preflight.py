@@ -255,6 +255,7 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
         report(folder, *sets)
     found = {mistake.field: mistake for mistake in raised.value.found}
     assert [*found] == ["training.report_to", "data.train", "data.heldout", "student"]
+    assert found["student"].cure.endswith("; or remove layers, which keeps all of them")
     assert found["training.report_to"].cure == "run: pip install swanlab, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
     located = placed(folder / "spec.yaml", sets, raised.value.found).cause.splitlines()
