@@ -13,6 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -77,6 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     if not {"--verbose", "-v"} & {*arguments}:  # before any command imports a library
         silence_warnings()
     try:
+        _refuse_other_bytes(arguments)
         code = application().main(
             args=_with_out([word for word in arguments if word != "--debug"]),
             prog_name="kdcore",
@@ -106,6 +108,23 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(stop.__context__, debug)
 
 
+def _refuse_other_bytes(arguments: Sequence[str]) -> None:
+    """Raises UserError for bytes that are not UTF-8, which neither safetensors nor JSON can name.
+
+    Python keeps them as lone surrogates. They would otherwise fail after a model was loaded, or
+    when a trained one is saved.
+    """
+    named = {f"argument {word!r}": word for word in arguments}
+    with suppress(OSError):
+        named[f"the name of the working directory, {os.getcwd()!r},"] = os.getcwd()
+    for place, text in named.items():
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(
+                f"{place} contains bytes that are not valid UTF-8",
+                "write it in UTF-8, and rename a file or folder of such a name",
+            )
+
+
 def _with_out(words: list[str]) -> list[str]:
     """Replace the former name of ``--out``, in the commands that had it."""
     if words[:1] and words[0] in _HAD_OUTPUT:
@@ -130,10 +149,11 @@ def _failed(fault: Exception, debug: bool) -> int:
         command = context.command_path if context else "kdcore"
         warn_of_problems(registry.installed())  # one of them may provide the command
         cure = f"see `{command} --help`"
-        field = _EXTRA_FIELD.search(fault.format_message())
+        cause = fault.format_message().replace(": Value error, ", ": ")  # of a choice
+        field = _EXTRA_FIELD.search(cause)
         if context and field and any("--set" in each.opts for each in context.command.params):
             cure = f"write --set before each field: --set {field[1]}; {cure}"
-        return _wrong(UserError(fault.format_message(), cure), debug)
+        return _wrong(UserError(cause, cure), debug)
     if (refused := _refused_by_the_machine(fault)) or (refused := broken_package(fault)):
         return _wrong(refused, debug)
     if debug:
@@ -180,13 +200,22 @@ def _refused_by_the_machine(fault: BaseException | None) -> UserError | None:
             # safetensors gives the reason in its message only
             if getattr(fault, "errno", None) == number or reason in said:
                 place = str(getattr(fault, "filename", None) or "a file").removesuffix(PART)
+                elsewhere = "write to another folder (--out)"
+                if _is_kept(place):
+                    elsewhere = "set the environment variable KDCORE_CACHE to another folder"
                 return UserError(
                     f"{place} cannot be written: {reason}",
-                    f"{cure}, then rerun the command (a run with --resume), or write to another "
-                    "folder (--out)",
+                    f"{cure}, then rerun the command (a run with --resume), or {elsewhere}",
                 )
         fault = fault.__cause__ or fault.__context__
     return None
+
+
+def _is_kept(place: str) -> bool:
+    """Whether a path is one of those that kdcore writes unasked."""
+    from kdcore.models.folder.kept_files import cache_folder
+
+    return Path(place).is_relative_to(cache_folder())
 
 
 def _whose(fault: Exception) -> str:

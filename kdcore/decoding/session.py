@@ -18,6 +18,7 @@ from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.tree import DraftTree
+from kdcore.errors import UserError
 from kdcore.models.anatomy import context_of, short_length_of
 
 SPARE = 64
@@ -40,15 +41,15 @@ class Session:
         lengths: [B] int64, number of kept positions of each row.
 
     Raises:
-        ValueError: The model is in training mode.
-        UserError: The model does not support draft trees, or lacks one of the layers.
+        UserError: The model is in training mode, does not support draft trees, or lacks one of
+            the layers.
     """
 
     def __init__(
         self, model: PreTrainedModel, layers: tuple[int, ...] = (), engine: Engine | None = None
     ) -> None:
         if model.training:
-            raise ValueError("the model is in training mode, with dropout: call model.eval() first")
+            raise UserError("the model is in training mode", "call model.eval() before it decodes")
         if engine is None:
             engine = TorchEngine()
             engine.bind(model, layers)

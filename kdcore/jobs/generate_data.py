@@ -97,7 +97,7 @@ def _answerer(
         return EndpointAnswers(spec.teacher, spec.responses)
     if on:
         outline = load_model(spec.teacher, weights=False)
-        return _AnswersOnRay(replace(outline, digest=digest_of(spec.teacher)), spec)
+        return _AnswersOnRay(replace(outline, digest=digest_of(spec.teacher)), spec, progress)
     with progress.stage("load the model", 1) as stage:
         model = load_model(spec.teacher, device=process_device())
         stage.advance()
@@ -107,16 +107,20 @@ def _answerer(
 class _AnswersOnRay(ModelAnswers):
     """Plans the batches without the model's weights, and lets the workers of a cluster answer."""
 
-    def __init__(self, model: LoadedModel, spec: GenerateDataSpec) -> None:
+    def __init__(self, model: LoadedModel, spec: GenerateDataSpec, progress: Progress) -> None:
         super().__init__(model, spec.responses)
-        self._asked = spec
+        self._asked, self._progress = spec, progress
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
         """See `Answerer.answers`."""
         asked = self._asked.model_dump(mode="json")
         date = str(today().date())
         work = AnswersOfWorker(asked, self.settings, self.most_tokens(batches), date)
-        for _, answered in spread(work, batches):
+
+        def died(place: int, line: str) -> None:
+            self._progress.note(f"batch {place + 1} of {len(batches)}: {line}")
+
+        for _, answered in spread(work, batches, died=died):
             if isinstance(answered, UserError):
                 raise answered
             yield answered

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -41,7 +42,8 @@ def connected(on: Cluster | None) -> Iterator[Any]:
     """Connect to a Ray cluster, unless this process is connected already.
 
     It is the one of ``RAY_ADDRESS``, else the one that runs on this machine, else a new one on this
-    machine, which ends with the block.
+    machine, which ends with the block. What is printed inside of it goes to stderr: Ray prints why
+    a worker died, and stdout is for results.
 
     Args:
         on: ``"ray"``, or None to do nothing.
@@ -65,7 +67,8 @@ def connected(on: Cluster | None) -> Iterator[Any]:
             "machine",
         ) from fault
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 
@@ -76,6 +79,7 @@ def spread(
     *,
     fresh: bool = False,
     seen: Path | None = None,
+    died: Callable[[int, str], None] = lambda place, line: None,
 ) -> Iterator[tuple[int, Found | UserError]]:
     """Do the work of each share on some worker of the cluster; see `connected`.
 
@@ -84,6 +88,8 @@ def spread(
         shares: The shares, which pickle can send.
         fresh: Whether each share gets a worker of its own, which ends with it.
         seen: A file of a folder that all machines must share.
+        died: Called with the place of a share whose worker died, and a line about it, before
+            another worker does the share again.
 
     Yields:
         The place of a share, and what came out: what ``work`` returned, or the UserError that it
@@ -127,6 +133,7 @@ def spread(
                     ray.kill(worker)  # it may only be out of reach
                     deaths[place] += 1
                     if deaths[place] <= REPEATS:
+                        died(place, "warning: its worker died, and another one does its work again")
                         waiting.appendleft((place, shares[place]))
                         continue
                     found = _died(fault)

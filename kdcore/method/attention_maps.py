@@ -9,7 +9,7 @@ and its gradient are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -26,6 +26,11 @@ def reads_attention(matcher: Any) -> bool:
     return bool(getattr(matcher, "attention", False))
 
 
+def reads_values(matcher: Any) -> bool:
+    """Whether a matcher that compares attention compares the maps of the values."""
+    return bool(getattr(matcher, "values", False))
+
+
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
     """Queries and keys of one layer, of P sequences of L positions.
@@ -36,6 +41,7 @@ class LayerAttention:
         mask: [P or 1, 1, L, L] the keys that each query sees, bool or additive; None for all keys.
         causal: Whether, without a mask, a query sees no key after it.
         scaling: Factor of the products.
+        value: [P, key heads, L, W'] values, part of the body's graph; None where nobody needs them.
     """
 
     query: Tensor
@@ -43,6 +49,14 @@ class LayerAttention:
     mask: Tensor | None
     causal: bool
     scaling: float
+    value: Tensor | None = None
+
+    @property
+    def of_values(self) -> LayerAttention:
+        """The layer with its values in place of queries and keys: MiniLM's value relations."""
+        assert self.value is not None  # the tap of a model keeps them
+        width = self.value.shape[-1]
+        return replace(self, query=self.value, key=self.value, scaling=width**-0.5)
 
     def leaves(self, sequence: int) -> tuple[Tensor, Tensor]:
         """Queries [heads, L, W] and keys [key heads, L, W] of a sequence, without their graph."""
@@ -66,18 +80,33 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The M queries whose maps are compared, sequence after sequence.
+    """The M positions that are compared, sequence after sequence: the queries of their maps.
 
     Attributes:
-        counts: Number of queries of each of the P sequences.
+        counts: Number of positions of each of the P sequences.
         places: [M] int64, the index of each in its sequence.
         rows: [N] int64, the sequence of each learned position, whose distance is the mean over all
-            queries of the sequence; None where the learned positions are the queries.
+            positions of the sequence; None where the learned positions are those compared.
     """
 
     counts: tuple[int, ...]
     places: Tensor
     rows: Tensor | None = None
+
+    def shares(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Spread the weights of the learned positions over those that are compared.
+
+        Args:
+            weights: [N] the weights of the learned positions in a sum of distances.
+
+        Returns:
+            The weights [C] of the positions of each sequence in the same sum.
+        """
+        if self.rows is None:
+            return torch.split(weights, list(self.counts))
+        sums = weights.new_zeros(len(self.counts)).index_add(0, self.rows, weights)
+        parts = zip(sums, self.counts, strict=True)
+        return tuple((each / count).expand(count) for each, count in parts)
 
     def pieces(self, length: int, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Cut the queries into pieces of one sequence.
@@ -91,13 +120,7 @@ class Queries:
             same sum.
         """
         own = torch.split(self.places, list(self.counts))
-        if self.rows is None:
-            shares = torch.split(weights, list(self.counts))
-        else:
-            sums = weights.new_zeros(len(self.counts)).index_add(0, self.rows, weights)
-            parts = zip(sums, self.counts, strict=True)
-            shares = tuple((each / count).expand(count) for each, count in parts)
-        for sequence, (places, share) in enumerate(zip(own, shares, strict=True)):
+        for sequence, (places, share) in enumerate(zip(own, self.shares(weights), strict=True)):
             for start in range(0, len(places), length):
                 part = slice(start, start + length)
                 yield sequence, places[part], share[part]
@@ -134,7 +157,7 @@ def sum_of_maps(
     Raises:
         UserError: The sequences of the two models have different lengths.
     """
-    layers = {i: student.layers[i] for i, _ in matcher.pairs}
+    layers = {i: _compared(matcher, student.layers[i]) for i, _ in matcher.pairs}
     read = [each for layer in layers.values() for each in (layer.query, layer.key)]
     learned = [each for each in matcher.parameters() if each.requires_grad]
     of_read, of_learned = ([torch.zeros_like(t) for t in tensors] for tensors in (read, learned))
@@ -143,7 +166,7 @@ def sum_of_maps(
         leaves = {i: layer.leaves(sequence) for i, layer in layers.items()}
         with torch.enable_grad():
             maps = (
-                _maps(layers[i], leaves[i], teacher.layers[j], sequence, places)
+                _maps(layers[i], leaves[i], _compared(matcher, teacher.layers[j]), sequence, places)
                 for i, j in matcher.pairs
             )
             ours, theirs = zip(*maps, strict=True)
@@ -157,6 +180,29 @@ def sum_of_maps(
     return known(total, [*of_read, *of_learned], [*read, *learned])
 
 
+def refuse_other_positions(what: str, student: int, teacher: int) -> None:
+    """Check that two models have as many positions.
+
+    Args:
+        what: What the message counts.
+        student: The student's number.
+        teacher: The teacher's number.
+
+    Raises:
+        UserError: They differ, as for image models with patches of other sizes.
+    """
+    if student != teacher:
+        raise UserError(
+            f"a matcher compares {student} {what} of the student with {teacher} of the teacher",
+            "choose models that cut their inputs into the same positions, or remove the matcher",
+            "method.matchers",
+        )
+
+
+def _compared(matcher: Any, layer: LayerAttention) -> LayerAttention:
+    return layer.of_values if reads_values(matcher) else layer
+
+
 def _maps(
     student: LayerAttention,
     leaves: tuple[Tensor, Tensor],
@@ -165,13 +211,7 @@ def _maps(
     places: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Maps [C, heads, L] of both, with `LOG_ZERO` for a key that one of them does not see."""
-    keys, others = student.key.shape[2], teacher.key.shape[2]
-    if keys != others:
-        raise UserError(
-            f"the attention of the student has {keys} keys, and that of the teacher {others}",
-            "choose models that cut their inputs into the same positions, or remove the matcher",
-            "method.matchers",
-        )
+    refuse_other_positions("keys", student.key.shape[2], teacher.key.shape[2])
     ours, there = student.scores(*leaves, places), places.to(teacher.key.device)
     with torch.no_grad():
         theirs = teacher.scores(teacher.query[sequence], teacher.key[sequence], there)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore.method.attention_maps import AttentionMaps
+from kdcore.method.attention_maps import AttentionMaps, Queries
 from kdcore.method.records import Batch
 
 ALIGNED = "aligned"
@@ -84,7 +84,8 @@ class HiddenLogits:
         hidden: [N, H] hidden states, part of the body's graph.
         head: Head that maps them to logits.
         classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
-        states: Number of a hidden state -> [N, H], the ones that matchers read, part of the graph.
+        states: Number of a hidden state -> [M, H], the ones that matchers read, part of the graph.
+        queries: The M positions of these states; None for the N masked ones.
         maps: The attention that matchers read, part of the graph; None if none reads it.
     """
 
@@ -92,6 +93,7 @@ class HiddenLogits:
     head: Head
     classes: int
     states: Mapping[int, Tensor] = field(default_factory=dict)
+    queries: Queries | None = None
     maps: AttentionMaps | None = None
 
     @property

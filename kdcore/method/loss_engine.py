@@ -13,7 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcore.method.attention_maps import reads_attention, sum_of_maps
+from kdcore.method.attention_maps import (
+    reads_attention,
+    refuse_other_positions,
+    sum_of_maps,
+)
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.known_gradients import known
@@ -228,7 +232,10 @@ class LossEngine:
                 continue
             ours_of = [student.states[i] for i, _ in matcher.pairs]
             theirs_of = [theirs[j].detach().to(weights.device) for _, j in matcher.pairs]
-            yield label, (weights * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
+            refuse_other_positions("hidden states", len(ours_of[0]), len(theirs_of[0]))
+            queries = student.queries
+            shares = weights if queries is None else torch.cat(queries.shares(weights))
+            yield label, (shares * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
 
 
 class _StreamLoss:

@@ -44,6 +44,11 @@ POLICY = "policy"
 OF_LABELS = (TASK, LABEL)
 """The terms that learn from the labels alone."""
 
+DISTILLED = "distilled"
+"""The figure of a step that is the sum of the parts' terms before their weights."""
+
+_NO_PARTS = (*OF_LABELS, FEATURE, POLICY)
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -118,6 +123,17 @@ class Objective:
         every |= {"advantage": self.advantage}
         every |= {f"divergence.{part}": each for part, each in self.part_divergences.items()}
         return {name: part for name, part in every.items() if isinstance(part, Stateful)}
+
+    def step_done(self, figures: Mapping[str, float]) -> None:
+        """Tell the components with a memory the figures of a step, and what they add up to.
+
+        Args:
+            figures: ``loss``, ``progress``, each ``term/NAME`` and each ``acceptance/GATE``.
+        """
+        others = {*_NO_PARTS, *self.matchers}
+        parts = [figures.get(f"term/{name}", 0.0) for name in self.weights if name not in others]
+        for component in self.stateful.values():
+            component.step_done({**figures, DISTILLED: sum(parts)})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The memories of the stateful components and the weights of the matchers.

@@ -143,8 +143,11 @@ class Matcher(Protocol):
     instead. Its pairs are then numbers of layers, from 1 to L. For hidden states [N, H] it gets
     maps [C, heads, S] of C queries: float32 scores of the S keys, before the softmax, with
     `kdcore.method.records.LOG_ZERO` for the keys that one of the two queries does not see, and
-    gives [C]. Queries are the learned positions of a language model, and all positions of a
-    classifier's row, whose distance is their mean.
+    gives [C]. It may then carry ``values`` (bool, default False): whether its maps are those of the
+    layers' values with themselves, in place of queries and keys.
+
+    What is compared, hidden states or queries, is that of the learned positions of a language
+    model, and of all positions of a classifier's row, whose distance is their mean.
 
     Attributes:
         pairs: After ``bind``, the numbers of the hidden states that are compared: that of the
@@ -227,7 +230,8 @@ class Stateful(Protocol):
 
         Args:
             metrics: Means of the step: ``loss``, ``progress``, each ``term/NAME`` before its
-                weight, and each gate's ``acceptance/NAME``.
+                weight, ``distilled``, the sum of those terms that the splitters make, and each
+                gate's ``acceptance/NAME``.
         """
 
     def state_dict(self) -> dict[str, Tensor]:

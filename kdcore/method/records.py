@@ -213,8 +213,10 @@ class StateSizes:
             i the output of layer i, and number L the output of the final norm.
         width: H.
         heads: Number of query heads of the attention of a layer; 0 without one that all share.
+        key_heads: Number of its key and value heads, likewise.
     """
 
     layers: int
     width: int
     heads: int = 0
+    key_heads: int = 0

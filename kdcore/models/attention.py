@@ -1,4 +1,4 @@
-"""Queries and keys of selected layers, captured while transformers computes their attention.
+"""Queries, keys and values of selected layers, captured while transformers computes attention.
 
 The attention ``sdpa`` never has the matrix of the weights. Its queries and keys, after rotation and
 norms, have all that the weights depend on, in every family that calls it.
@@ -99,7 +99,7 @@ def watched(
     if heard is not None and number is not None and kwargs.get("position_bias") is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        heard[number] = LayerAttention(query, key, attention_mask, causal, scale)
+        heard[number] = LayerAttention(query, key, attention_mask, causal, scale, value)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )

@@ -39,14 +39,23 @@ def whole(path: Path) -> Iterator[Path]:
     """
     if beside(path).is_symlink():
         beside(path).unlink()
-    try:
+    with naming(path):
         yield beside(path)
+    beside(path).replace(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a path in the errors of the block that name none, as that of a full disk.
+
+    An error without a number shows its own text.
+    """
+    try:
+        yield
     except (OSError, SafetensorError) as fault:
-        # a full disk names no file; an error without a number shows its own text
         if getattr(fault, "filename", None) is None and getattr(fault, "errno", 0) is not None:
             fault.filename = str(path)  # type: ignore[union-attr]
         raise
-    beside(path).replace(path)
 
 
 @contextmanager

@@ -279,8 +279,7 @@ class DistillationLoss:
         figures = dict(zip(self._figures, (values / max(1, parts)).tolist(), strict=True))
         if self.steps is not None:
             figures["progress"] = self._progress
-        for component in self.engine.objective.stateful.values():
-            component.step_done(figures)
+        self.engine.objective.step_done(figures)
         self._scores.close()
         self._step += 1
         self._micro_step = self._uncounted = 0

@@ -54,7 +54,8 @@ class ModelView:
         language_model, read = cast(PreTrainedModel, model), matched or Matched()
         self._tap = FeatureTap(language_model, read.states) if read.states else None
         self._attention = AttentionTap(model, read.layers) if read.layers else None
-        self._generates = not read.layers or language_model.can_generate()
+        read_any = read.states or read.layers
+        self._generates = not read_any or language_model.can_generate()
         self._decoder = self._removable_head = None
         decoder, head = decoder_of(model), head_of(model)
         problem = getattr(getattr(model, "config", None), "problem_type", None)
@@ -81,15 +82,15 @@ class ModelView:
             heard = taps.enter_context(self._tap.listening()) if self._tap else {}
             watched = taps.enter_context(self._attention.listening()) if self._attention else {}
             logits = self._run(model, batch)
-        if heard:
-            at = batch.positions_in_inputs  # a teacher may be on other devices
-            states = {n: each.flatten(0, 1)[at.to(each.device)] for n, each in heard.items()}
-            logits = replace(logits, states=states)
-        if watched:
-            length = next(iter(watched.values())).query.shape[2]
-            queries = (_learned if self._generates else _of_whole_rows)(batch, length)
-            logits = replace(logits, maps=AttentionMaps(watched, queries))
-        return logits
+        lengths = [each.shape[1] for each in heard.values()]
+        lengths += [each.query.shape[2] for each in watched.values()]
+        if not lengths:
+            return logits
+        queries, at = (_learned if self._generates else _of_whole_rows)(batch, lengths[0])
+        # a teacher may be on other devices
+        states = {n: each.flatten(0, 1)[at.to(each.device)] for n, each in heard.items()}
+        maps = AttentionMaps(watched, queries) if watched else None
+        return replace(logits, states=states, queries=queries, maps=maps)
 
     def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
@@ -110,20 +111,21 @@ class ModelView:
         return HiddenLogits(learned, head, self.classes)
 
 
-def _learned(batch: Batch, length: int) -> Queries:
-    """The learned positions, in sequences of ``length`` positions, as the queries of maps."""
-    here = batch if batch.on_cpu is None else batch.on_cpu
+def _learned(batch: Batch, length: int) -> tuple[Queries, Tensor]:
+    """The learned positions, in sequences of ``length`` positions, and their flat indices [M]."""
+    here, at = batch if batch.on_cpu is None else batch.on_cpu, batch.positions_in_inputs
     counts = (here.positions_in_inputs // length).bincount()
-    return Queries(tuple(counts.tolist()), batch.positions_in_inputs % length)
+    return Queries(tuple(counts.tolist()), at % length), at
 
 
-def _of_whole_rows(batch: Batch, length: int) -> Queries:
-    """All positions but the padding: a classifier learns the label of a whole row."""
+def _of_whole_rows(batch: Batch, length: int) -> tuple[Queries, Tensor]:
+    """The same of all positions but the padding: a classifier learns the label of a whole row."""
     here, device = batch if batch.on_cpu is None else batch.on_cpu, batch.mask.device
     rows = batch.positions // batch.mask.shape[1]
     whole = torch.ones(len(here.mask), length, dtype=torch.bool, device=here.mask.device)
     there = here.inputs.get("attention_mask", whole)  # images have none
-    return Queries(tuple(there.sum(1).tolist()), sent(there.nonzero()[:, 1], device), rows)
+    at = sent(there.flatten().nonzero()[:, 0], device)
+    return Queries(tuple(there.sum(1).tolist()), at % length, rows), at
 
 
 @dataclass(frozen=True, slots=True)

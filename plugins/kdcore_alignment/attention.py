@@ -7,8 +7,11 @@ heads, and x and y their scores before the softmax, the distance of a pair of la
     mse            (1/A) sum_heads (1/S) sum_keys (a - b)^2
     mse_of_scores  (1/A) sum_heads (1/S) sum_keys (x - y)^2
 
-Sources: MiniLM, arXiv 2002.10957, its attention transfer L_AT (kl, of the last layers); TinyBERT,
-arXiv 1909.10351, equation 7 (mse_of_scores, and the uniform mapping of layers).
+The scores are q k / sqrt(d) of queries and keys or, with ``maps: values``, v v' / sqrt(d).
+
+Sources: MiniLM, arXiv 2002.10957, its attention transfer L_AT and its value relations L_VR (kl, of
+the last layers); TinyBERT, arXiv 1909.10351, equation 7 (mse_of_scores, and the uniform mapping of
+layers).
 """
 
 from __future__ import annotations
@@ -34,17 +37,21 @@ class Attention(nn.Module):
     def __init__(self, params: params.Attention, context: BuildContext) -> None:
         super().__init__()
         self.params = params
+        self.values = params.maps == "values"
         self.pairs: tuple[tuple[int, int], ...] = ()
 
     def bind(self, student: StateSizes, teacher: StateSizes) -> None:
         count, how = (student.layers, teacher.layers), self.params.heads
         self.pairs = pairs_of(self.params.pairs, *count, "attention", first=1, what="layer")
-        few, many = sorted((student.heads, teacher.heads))
+        ours, theirs = (
+            each.key_heads if self.values else each.heads for each in (student, teacher)
+        )
+        few, many = sorted((ours, theirs))
         fits = {"each": few == many, "groups": few > 0 and many % few == 0, "mean": True}
         if not fits[how]:
             raise UserError(
                 f"matcher 'attention' has heads: {how}, but the layers of the student have "
-                f"{student.heads} heads and those of the teacher {teacher.heads}",
+                f"{ours} {'value ' * self.values}heads and those of the teacher {theirs}",
                 "set heads: groups or heads: mean"
                 if few and many % few == 0
                 else "set heads: mean",

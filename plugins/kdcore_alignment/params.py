@@ -82,6 +82,11 @@ class Attention(Params):
         "the keys; mse, the mean square of the differences of the weights over the visible keys; "
         "mse_of_scores, the same of the scores before the softmax",
     )
+    maps: Literal["attention", "values"] = Field(
+        default="attention",
+        description="maps that are compared: attention, those of the queries with the keys; "
+        "values, MiniLM's relations, those of the values with one another",
+    )
     heads: Literal["each", "groups", "mean"] = Field(
         default="each",
         description="heads that are compared. each: head i with head i, for equal numbers; groups: "

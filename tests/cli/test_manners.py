@@ -101,6 +101,7 @@ def test_version_names_what_results_depend_on(kdcore: Kdcore) -> None:
         (["distil"], "No such command 'distil'", "`kdcore --help`"),
         (["distill"], "Missing argument", "`kdcore distill --help`"),
         (["distill", "a.yaml", "--stes", "3"], "No such option: --stes", "`kdcore distill --help`"),
+        (["compare", "a", "--on", "rai"], "'--on': 'rai' is not one of 'ray'", "compare --help`"),
         (["plugins", "shw", "all"], "No such command 'shw'", "`kdcore plugins --help`"),
         (["check", "none.yaml"], "file not found: none.yaml", "`kdcore init`"),
         (
@@ -181,6 +182,22 @@ def test_a_full_disk_is_no_fault_of_ours(
     assert "--resume" in said.err and "Traceback" not in said.err
 
 
+def test_a_cache_that_cannot_be_written_is_moved_by_its_variable(
+    kdcore: Kdcore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another folder for the results would not help."""
+    kept = tmp_path / "cache/openvino/model"
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(kept))
+
+    monkeypatch.setenv("KDCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(main.typer.Typer, "add_typer", broken)
+    said = kdcore("plugins", "list")
+    assert said.code == 2 and "--out" not in said.err
+    assert "or set the environment variable KDCORE_CACHE to another folder" in said.err
+
+
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
@@ -247,6 +264,22 @@ def test_a_working_directory_that_is_gone_is_no_fault_of_ours(
     said = kdcore("init")
     assert said.code == 2
     assert said.err.startswith("error: the working directory does not exist any more\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_names_in_other_bytes_are_refused_before_anything_is_done(
+    kdcore: Kdcore, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Latin-1 writes an é: Python reads such a byte as a lone surrogate."""
+    said = kdcore(*command, "caf\udce9", "--out", "x")
+    error, cure = said.err.splitlines()
+    assert said.code == 2
+    assert error == r"error: argument 'caf\udce9' contains bytes that are not valid UTF-8"
+    assert cure == "  fix: write it in UTF-8, and rename a file or folder of such a name"
+    monkeypatch.setattr(os, "getcwd", lambda: "/caf\udce9")
+    said = kdcore(*command)
+    assert r"error: the name of the working directory, '/caf\udce9'," in said.err
+    assert said.code == 2 and not os.listdir(".")
 
 
 def test_a_stream_that_cannot_show_a_text_shows_its_code() -> None:

@@ -168,13 +168,13 @@ def taid_next(
 ) -> tuple[float, float]:
     """The adaptive (t, momentum) after a step with this loss, `progress` in [0, 1].
 
-    With J the loss:  d = (J_prev - J) / J_prev;  m = decay m + (1 - decay) d;
+    With J the loss:  d = max(-1, (J_prev - J) / J_prev);  m = decay m + (1 - decay) d;
     t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))),  linear = start + progress
     (end - start). The first step has no previous loss (None): it changes neither.
     """
     if previous is None:
         return t, momentum
-    momentum = decay * momentum + (1 - decay) * (previous - loss) / previous
+    momentum = decay * momentum + (1 - decay) * max(-1.0, (previous - loss) / previous)
     linear = start + progress * (end - start)
     faster = t + alpha * (1 / (1 + math.exp(-momentum))) * (1 - t)
     return min(end, max(linear, faster)), momentum

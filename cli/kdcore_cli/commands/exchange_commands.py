@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,6 +82,10 @@ def export(
             )
         refuse_options("a model", target=target)
         _export_model(folder, layout, output, adapter, dtype)
+        again = ["kdcore", "evaluate", str(output), "--data", "FILE"]
+        if folder != what:  # a run, which knows its held-out rows
+            again = ["kdcore", "evaluate", what, "--set", f"model.model={output}"]
+        console.tell(f"measure it again: {shlex.join([*again, '--teacher', folder])}")
     elif layout in FORMATS:
         raise UserError(
             f"{folder} contains a drafter, and '{layout}' is a format of models",
@@ -127,7 +132,6 @@ def _export_model(
     asked = {name: value for name, value in given.items() if value is not None}
     before, after = export_model(ModelSpec.model_validate(asked), layout, output)
     console.tell(f"{layout}: {output} ({in_bytes(after)} of weights, {in_bytes(before)} before)")
-    console.tell(f"measure it again: kdcore evaluate {output} --data FILE --teacher {model}")
 
 
 def _export_drafter(

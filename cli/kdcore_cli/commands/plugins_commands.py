@@ -139,7 +139,8 @@ def new(
     """
     folder = out or Path(name)
     written = write_package(name, kind, folder, registry.installed())
-    console.tell("wrote " + "\n      ".join(map(str, written)))
+    for file in written:
+        console.tell(f"wrote {file}")
     where = shlex.quote(str(folder))
     console.tell(f"next: pip install -e {where} && kdcore plugins check {name}")
 

@@ -52,7 +52,7 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
     several = len(outcome.seeds) > 1
     seeds = ("means over seeds " if several else "seed ") + ", ".join(map(str, outcome.seeds))
     console.print(
-        f"{seeds}; a difference is green or red where its interval excludes 0",
+        f"{seeds}; a coloured difference has an interval without 0",
         style="dim",
     )
     for note in notes(outcome):

@@ -30,7 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdcore.data.caches.shard_folder import MANIFEST, Damaged, ShardFolder, add_shard, next_shard
+from kdcore.data.caches.shard_folder import (
+    MANIFEST,
+    SHARD_BYTES,
+    Damaged,
+    ShardFolder,
+    add_shard,
+    next_shard,
+)
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
 from kdcore.data.store import RowIndex, grouped
@@ -40,7 +47,8 @@ from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import beside, write_whole
 
 SHARD = 16_384
-"""Minimum number of positions in a shard, and so the most that a killed run repeats."""
+"""Minimum number of positions in a shard that does not reach `SHARD_BYTES` before, and so the most
+that a killed run repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +187,8 @@ def store(
         first, left = ranks.by_main(missing)
         # rows of similar length together, to limit the padding
         alike = sorted(((key, keyed[key]) for key in left), key=lambda item: lengths[item[1]])
-        parts = [*enumerate(grouped(alike, lambda place: int(lengths[place]), SHARD), first)]
+        least = min(SHARD, SHARD_BYTES // origin.bytes_per_position)
+        parts = [*enumerate(grouped(alike, lambda place: int(lengths[place]), least), first)]
         own = ranks.share(parts)
         done = len(keyed) - len(left)
         total = done + sum(len(part) for _, part in own)

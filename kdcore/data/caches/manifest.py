@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from kdcore.data.caches.shard_folder import MANIFEST, Location, text_of
 from kdcore.data.templates.mask import MASK_RULE
 from kdcore.data.templates.rendering import prints_date
@@ -84,6 +86,11 @@ class Manifest:
             computed=None if endpoint else dtype_name(teacher.model),
             date=str(today().date()) if prints_date(tokenizer) else None,
         )
+
+    @property
+    def bytes_per_position(self) -> int:
+        """The size of a stored position: k ids, and k - 1 log-probs and the tail."""
+        return self.k * (np.dtype(self.ids).itemsize + np.dtype(self.dtype).itemsize)
 
     @property
     def digest(self) -> str:

@@ -41,6 +41,8 @@ Location: TypeAlias = Path | str
 
 MANIFEST = "manifest.json"
 """The file that states the origin of the shards."""
+SHARD_BYTES = 2**28
+"""The size at which a shard ends, after a whole row: its writer has it in memory."""
 COPIES = "shards"
 """The kind of the copies of remote shards, see `kdcore.models.folder.kept_files`."""
 MOST_OPEN = 1024

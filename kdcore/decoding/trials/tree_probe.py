@@ -35,7 +35,7 @@ LONGEST = 9
 """Number of tokens of the longest row: prompt, root, path, and one more root."""
 
 _faithful: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
-"""Models that passed, with their attention implementation at that time."""
+"""Models that passed, with their attention implementation and arithmetic at that time."""
 
 
 def refuse_unfaithful(model: PreTrainedModel) -> None:
@@ -49,7 +49,8 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
             infinite ones.
     """
     attention = str(model.config.get_text_config()._attn_implementation).replace(GROUPED, "sdpa")
-    if _faithful.get(model) == attention:
+    arithmetic = _arithmetic(model)
+    if _faithful.get(model) == (checked := f"{attention} in {arithmetic}"):
         return
     engine = TorchEngine()
     engine.bind(model, ())
@@ -70,14 +71,20 @@ def refuse_unfaithful(model: PreTrainedModel) -> None:
         raise UserError(f"{name} cannot run a draft tree: {reason}", cure) from fault
     if getattr(model, "is_loaded_in_8bit", False):  # chooses columns by all tokens of a pass
         cure = "add llm_int8_threshold: 0.0 to the quantization of the model"
-    if not off <= 2 * torch.finfo(model.dtype).eps ** 0.5:
+    if not off <= 2 * torch.finfo(arithmetic).eps ** 0.5:
         raise UserError(
             f"{name} gives different logits for a draft tree than for plain text: "
             f"they differ by {off:.1%} of their spread, so the output would "
             "differ from plain decoding",
             cure,
         )
-    _faithful[model] = attention
+    _faithful[model] = checked
+
+
+def _arithmetic(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that rounds the logits: the model's own, or that of autocast."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def engine_difference(model: PreTrainedModel, engine: Engine) -> float:

@@ -13,7 +13,13 @@ from torch import Tensor
 from kdcore.components.registry import Registry, installed
 from kdcore.data.best_classes import Best, best_classes, refuse_more_classes
 from kdcore.data.caches.manifest import Manifest, manifest_of
-from kdcore.data.caches.shard_folder import MANIFEST, Location, names_in, next_shard
+from kdcore.data.caches.shard_folder import (
+    MANIFEST,
+    SHARD_BYTES,
+    Location,
+    names_in,
+    next_shard,
+)
 from kdcore.data.caches.teacher_cache import TeacherCache, write_shard
 from kdcore.data.responses.endpoint.logprobs import EndpointLogprobs
 from kdcore.data.rows import batch_of, collate, lengths_of, padding, row_keys
@@ -41,12 +47,12 @@ _Scorer: TypeAlias = Callable[[Sequence[Row]], Iterator[tuple[int, Best]]]
 _Part: TypeAlias = list[tuple[bytes, int]]
 """Keys and places of the rows of a shard."""
 _Advance: TypeAlias = Callable[[int], None]
-_Parts: TypeAlias = Callable[[Sequence[_Part], _Advance], Iterator[list[Best]]]
-"""Yields the best classes of the rows of each part, in order, and tells the number of rows."""
+_Parts: TypeAlias = Callable[[Sequence[_Part], _Advance], Iterator[tuple[int, list[Best]]]]
+"""Yields (place of a part, best classes of its rows), and tells the number of rows."""
 
 SHARD, MOST_SHARDS = 16_384, 10_000
 """Minimum of learned positions per shard, which is the work that a killed build must repeat; and
-the number of shards above which it is larger."""
+the number of shards above which it is larger. `SHARD_BYTES` ends a shard in any case."""
 
 
 def build_cache(
@@ -70,8 +76,7 @@ def build_cache(
         folder: The cache's folder, or its URL.
         endpoint: The endpoint that serves the teacher, if the spec does not name one.
         k: Number of classes kept at each position.
-        shard: Minimum of learned positions per shard (default: `SHARD`, or as many as give
-            `MOST_SHARDS` shards).
+        shard: Minimum of learned positions per shard (default: `least_of_shard`).
         share: (n, m): add the n-th of m shares of the rows; other builders add the others, to the
             same URL or each to a folder of its own (see `kdcore.jobs.caches.merge`).
         registry: The components that the spec may name (default: the installed ones).
@@ -122,7 +127,11 @@ def _build(
         if on:  # it has no weights in this process
             teacher = replace(teacher, digest=digest_of(spec.local_teacher))
         manifest = Manifest.of(teacher, asked.classes, k)
-        best_of = _on_ray(spec, manifest) if on else _here(asked.rows, _local(asked, manifest.k))
+        best_of = (
+            _on_ray(spec, manifest, progress)
+            if on
+            else _here(asked.rows, _local(asked, manifest.k))
+        )
     else:
         manifest = Manifest.of(asked.first, asked.classes, k, endpoint.model)
         scorer = EndpointLogprobs(endpoint, manifest.k, asked.classes)
@@ -254,46 +263,56 @@ def _fill(
         if int.from_bytes(key[:8], "little") % shares == number - 1
     }
     missing = [(key, place) for key, place in keyed.items() if key not in known]
-    least = shard or max(SHARD, int(lengths_of(rows).sum()) // MOST_SHARDS)
+    least = shard or least_of_shard(int(lengths_of(rows).sum()), manifest)
     parts = list(grouped(missing, lambda place: int(rows[place].mask.sum()), least))
     with progress.stage("run the teacher", len(keyed), len(keyed) - len(missing)) as stage:
-        found = zip(parts, best_of(parts, stage.advance), strict=True)
-        for at, (part, best) in enumerate(found, next_shard(folder)):
-            counted = [(key, int(rows[place].mask.sum())) for key, place in part]
+        first = next_shard(folder)
+        for number, best in best_of(parts, stage.advance):
+            counted = [(key, int(rows[place].mask.sum())) for key, place in parts[number]]
             refuse_other()
-            write_shard(folder, manifest, counted, best, at)
+            write_shard(folder, manifest, counted, best, first + number)
+
+
+def least_of_shard(positions: int, manifest: Manifest) -> int:
+    """The minimum of learned positions of a shard; the last row goes beyond it.
+
+    Args:
+        positions: Number of learned positions of the cache.
+        manifest: Its manifest.
+    """
+    least = max(SHARD, positions // MOST_SHARDS)
+    return max(1, min(least, SHARD_BYTES // manifest.bytes_per_position))
 
 
 def _here(rows: Sequence[Row], best_of: _Scorer) -> _Parts:
     """Return a function that scores the rows of parts in this process."""
 
-    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[list[Best]]:
-        for part in parts:
+    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[tuple[int, list[Best]]]:
+        for number, part in enumerate(parts):
             best: dict[int, Best] = {}
             for place, each in best_of([rows[place] for _, place in part]):
                 best[place] = each
                 advance(1)
-            yield [best[place] for place in range(len(part))]
+            yield number, [best[place] for place in range(len(part))]
 
     return scored
 
 
-def _on_ray(spec: DistillSpec, manifest: Manifest) -> _Parts:
-    """Return a function that scores the rows of parts on a cluster, and yields them in order."""
+def _on_ray(spec: DistillSpec, manifest: Manifest, progress: Progress) -> _Parts:
+    """Return a function that scores the rows of parts on a cluster, in any order."""
 
-    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[list[Best]]:
+    def scored(parts: Sequence[_Part], advance: _Advance) -> Iterator[tuple[int, list[Best]]]:
         asked, date = spec.model_dump(mode="json"), str(today().date())
         work = BestOfWorker(asked, manifest.teacher, manifest.k, date)
-        early: dict[int, list[Best]] = {}
-        following = 0
-        for number, best in spread(work, parts):
+
+        def died(number: int, line: str) -> None:
+            progress.note(f"shard {number + 1} of {len(parts)}: {line}")
+
+        for number, best in spread(work, parts, died=died):
             if isinstance(best, UserError):
                 raise best
             advance(len(parts[number]))
-            early[number] = best
-            while following in early:
-                yield early.pop(following)
-                following += 1
+            yield number, best
 
     return scored
 

@@ -16,7 +16,7 @@ from kdcore.data.caches.shard_folder import Location, add_shard, next_shard
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.store import RowKeys, first_of_each
 from kdcore.errors import UserError
-from kdcore.jobs.caches.build import MOST_SHARDS, SHARD
+from kdcore.jobs.caches.build import least_of_shard
 from kdcore.jobs.caches.writing import being_written
 from kdcore.runs.progress import Progress, Silent
 
@@ -58,7 +58,7 @@ def merge_caches(
         known = TeacherCache(folder)
         keys = RowKeys(np.concatenate([cache.keys_by_shard() for cache in caches]))
         wanted = first_of_each(keys) & ~known.contains(keys)
-        least = shard or max(SHARD, sum(cache.positions for cache in caches) // MOST_SHARDS)
+        least = shard or least_of_shard(sum(cache.positions for cache in caches), manifest)
         with (progress or Silent()).stage("merge the caches", int(wanted.sum())) as stage:
             for number, part in enumerate(_parts(caches, wanted, least), next_shard(folder)):
                 refuse_other()

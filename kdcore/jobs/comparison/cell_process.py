@@ -112,7 +112,12 @@ def run_on_ray(cells: Sequence[Cell], run: Run, note: Callable[[Cell, str], None
         UserError: See `kdcore.jobs.ray_workers.spread`.
     """
     shares = [plain(cell.spec) for cell in cells]
-    for place, told in spread(told_by_cell, shares, fresh=True, seen=run.path("spec.yaml")):
+
+    def died(place: int, line: str) -> None:
+        note(cells[place], line)
+
+    seen = run.path("spec.yaml")
+    for place, told in spread(told_by_cell, shares, fresh=True, seen=seen, died=died):
         cell = cells[place]
         if isinstance(told, UserError):
             yield cell, told.cause

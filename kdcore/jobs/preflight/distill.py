@@ -21,7 +21,7 @@ from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
 from kdcore.jobs.preflight.teachers import teachers_of
-from kdcore.jobs.resolution.images import image_warnings
+from kdcore.jobs.resolution.images import image_warnings, refuse_other_patches
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import refuse_long_prompts
 from kdcore.models.facts import (
@@ -108,7 +108,10 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         beside=_share(spec, train, beside),
     )
     buffers = len(streams) if method.policy.owns_momentum else 0
-    seconds = estimates.seconds(spec, models, work)
+    matchers = objective.matchers.values()
+    seconds = estimates.seconds(spec, models, work, matchers)
+    if matchers:
+        refuse_other_patches(models, work.inputs)
     trained = [p.numel() for p in models.student.model.parameters() if p.requires_grad]
     return Report(
         components=tuple(chosen(spec, registry)),
@@ -120,7 +123,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         heldout=heldout,
         example=example_row(sources["train"], spec, tokenizer),
         steps=work.steps,
-        memory=estimates.memory(spec, models, work, buffers),
+        memory=estimates.memory(spec, models, work, buffers, matchers),
         seconds=seconds,
         teacher_cache=spec.data.teacher_cache,
         served_teacher=origin_of(spec.served_teacher) if spec.served_teacher else None,

@@ -18,17 +18,21 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.errors import UserError
+from kdcore.method.attention_maps import reads_attention
 from kdcore.models.device import LOGITS, chunk_on, process_device
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
+from kdcore.training.trainer.matching import sizes_of
 
 ACTIVATIONS = 24
 """Numbers kept for the backward pass per position and unit of width, in each layer: about 8 for
 attention and norms, and 4 for each of the four wide tensors of a gated MLP."""
 
+MAPS = 4
+"""Copies of an attention map that exist while its distance and its gradient are computed."""
 DECODING = 0.25
 """Share of the throughput that generation reaches: its matrix products have few rows."""
 WIDTH = 256
@@ -67,7 +71,11 @@ class Work:
 
 
 def memory(
-    spec: DistillSpec, models: TeacherAndStudent, work: Work, buffers: int
+    spec: DistillSpec,
+    models: TeacherAndStudent,
+    work: Work,
+    buffers: int,
+    matchers: Iterable[Any] = (),
 ) -> dict[str, int]:
     """Estimate the memory of a training step.
 
@@ -76,12 +84,14 @@ def memory(
         models: The models, which need no weights.
         work: The amount of work.
         buffers: Copies of the trained weights that the momentum policy keeps.
+        matchers: The bound matchers, which are trained with the student.
 
     Returns:
         Purpose -> bytes.
     """
-    training, student = spec.training, models.student
-    trained = [p for p in student.model.parameters() if p.requires_grad]
+    training, student, matchers = spec.training, models.student, list(matchers)
+    own = [p for matcher in matchers for p in matcher.parameters()]
+    trained = [*(p for p in student.model.parameters() if p.requires_grad), *own]
     itemsize = 2 if training.precision == "bf16" else trained[0].element_size()
     weights = {name: loaded.weight_bytes for name, loaded in models.named.items()}
     return {
@@ -89,16 +99,39 @@ def memory(
         **of_trained(training, bytes_of(trained), work.streams, work.terms, buffers),
         "activations": training.batch_size * _kept(student, work) * itemsize,
         "logits of a chunk": of_chunk(training, student.classes),
+        "matchers": bytes_of(own)
+        + sum(_kept_for(matcher, spec, models, work, itemsize) for matcher in matchers),
     }
 
 
-def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[str, float]:
+def _kept_for(
+    matcher: Any, spec: DistillSpec, models: TeacherAndStudent, work: Work, itemsize: int
+) -> int:
+    """Bytes that a matcher keeps: states, or queries, keys and the maps of a chunk.
+
+    A teacher keeps nothing else for a backward pass; of a student they are copies, or gradients.
+    """
+    sizes = [sizes_of(models.student), sizes_of(models.teacher or models.student)]
+    widths = sum(each.width for each in sizes) * len(matcher.pairs)
+    rows = spec.training.batch_size * work.longest
+    if not reads_attention(matcher):
+        return rows * widths * itemsize
+    chunk = chunk_on(process_device(), spec.training.chunk, models.student.classes)
+    heads = sum(each.heads for each in sizes) * len(matcher.pairs)
+    maps = min(chunk, work.longest) * work.longest * heads
+    return 2 * rows * widths * itemsize + MAPS * 4 * maps
+
+
+def seconds(
+    spec: DistillSpec, models: TeacherAndStudent, work: Work, matchers: Iterable[Any] = ()
+) -> dict[str, float]:
     """Estimate the time of a run.
 
     Args:
         spec: The distill spec.
         models: The models, which need no weights.
         work: The amount of work.
+        matchers: The bound matchers.
 
     Returns:
         Purpose -> seconds.
@@ -112,6 +145,8 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     ours = _forward(models.student.model, work)
     live = [models.teacher, *models.several.values()]
     theirs = sum(_forward(teacher.model, work) for teacher in live if teacher)
+    matched = sum(_matching(matcher, models, work) for matcher in matchers)
+    step = theirs + ours * (1 + 2 * work.streams) + matched
     rows = rows_of(training, work.steps)
     probed = probed_rows(training, work.steps)
     asked = spec.data.on_policy
@@ -123,8 +158,8 @@ def seconds(spec: DistillSpec, models: TeacherAndStudent, work: Work) -> dict[st
     measurements = spec.evaluation.before + on_the_way + 1
     return {
         "responses": generating(models.teacher or models.student, work.generated, speed),
-        "training": rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
-        "auxiliary rows": work.beside * rows * (theirs + ours * (1 + 2 * work.streams)) / speed,
+        "training": rows * step / speed,
+        "auxiliary rows": work.beside * rows * step / speed,
         "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
         "probing": probed * (theirs + ours * (1 + 2 * work.terms)) / speed,
         "measuring": measurements * work.heldout * (theirs + ours) / speed,
@@ -222,6 +257,16 @@ def _forward(model: Any, work: Work) -> float:
     head = model.get_output_embeddings()
     at_head = head.weight.numel() * work.learned if head is not None else 0.0
     return float(2 * (body * work.tokens + at_head))
+
+
+def _matching(matcher: Any, models: TeacherAndStudent, work: Work) -> float:
+    """Operations of a matcher on a mean row: of its weights, or of maps and their gradients."""
+    generates = models.student.model.can_generate()  # else all positions are compared
+    compared = len(matcher.pairs) * (work.learned if generates else work.tokens)
+    if not reads_attention(matcher):  # as if all pairs share the weights
+        return float(6 * compared * sum(p.numel() for p in matcher.parameters()))
+    of_map = 3 * sizes_of(models.student).width + sizes_of(models.teacher or models.student).width
+    return float(2 * compared * work.tokens * of_map)
 
 
 def _kept(loaded: LoadedModel, work: Work) -> int:

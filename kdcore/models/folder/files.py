@@ -36,6 +36,7 @@ _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _ADAPTER_CURE = "name a folder that peft saved with save_pretrained, as a run's adapter/"
+_DIGITS = 64
 _LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
 
 
@@ -245,7 +246,11 @@ def _dequantised(file: Path) -> Path:
 
 
 def file_digest(file: Path) -> str:
-    """A file's sha256, cached until its size or modification time changes.
+    """A file's sha256, cached until the file changes.
+
+    Its size and modification time alone do not show that: archives, `cp -p` and reproducible builds
+    set the time, and a clock may go back. The time at which the system saw its last change, and its
+    number in the file system, cannot be set. A cache that cannot be written costs time alone.
 
     Args:
         file: The file.
@@ -254,14 +259,17 @@ def file_digest(file: Path) -> str:
         64 hexadecimal digits.
     """
     facts = file.stat()
-    key = hashlib.sha256(f"{file}|{facts.st_size}|{facts.st_mtime_ns}".encode()).hexdigest()
+    seen = (file, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+    key = hashlib.sha256(repr(seen).encode()).hexdigest()
     known = cache_folder() / "sha256" / key
-    with suppress(FileNotFoundError):
-        return known.read_text()
+    with suppress(OSError):
+        if len(digest := known.read_text()) == _DIGITS:
+            return digest
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    known.parent.mkdir(parents=True, exist_ok=True)
-    beside = known.with_name(f"{key}.{os.getpid()}")
-    beside.write_text(digest)
-    beside.replace(known)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        beside = known.with_name(f"{key}.{os.getpid()}")
+        beside.write_text(digest)
+        beside.replace(known)
     return digest

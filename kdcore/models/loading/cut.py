@@ -137,7 +137,8 @@ def kept_layers(layers: Sequence[int], size: int) -> list[int]:
     if wrong:
         raise UserError(
             f"layers {wrong} do not exist: the model has layers 0 to {size - 1}",
-            f"use indices from 0 to {size - 1}, or from -{size} to -1",
+            f"use indices from 0 to {size - 1}, or from -{size} to -1; or remove layers, which "
+            "keeps all of them",
         )
     kept = [index % size for index in layers]
     if not kept or any(left >= right for left, right in pairwise(kept)):

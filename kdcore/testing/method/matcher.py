@@ -12,7 +12,7 @@ from kdcore.method.attention_maps import reads_attention
 from kdcore.method.records import LOG_ZERO, StateSizes
 from kdcore.testing.suite import Suite, alike, finite, same, same_global_random
 
-STUDENT, TEACHER = StateSizes(4, 16, heads=2), StateSizes(8, 24, heads=2)
+STUDENT, TEACHER = StateSizes(4, 16, 2, 2), StateSizes(8, 24, 2, 2)
 POSITIONS = 32
 KEYS = 12
 

@@ -7,17 +7,20 @@ FSDP shards, each process writes its own shards, and reads them again: whole wei
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.objective import owned
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.models.device import moved
+from kdcore.runs.whole_files import naming
 from kdcore.training.trainer import checkpoint as checkpoint_state
 from kdcore.training.trainer.matching import without_matchers
 from kdcore.training.trainer.shards import (
@@ -34,6 +37,26 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.json"
 WEIGHTS_FILE = "weights.safetensors"
 MOMENTA_FILE = "momenta.safetensors"
+
+
+def remove_oldest(folder: Path, step: int, limit: int) -> None:
+    """Remove the checkpoints of the earliest steps.
+
+    Those of later steps than the present one go first: they are the remains of a killed process,
+    since a resumed run begins at the last complete checkpoint.
+
+    Args:
+        folder: The run folder.
+        step: The step of the newest checkpoint, which stays.
+        limit: The number of checkpoints that stay.
+    """
+    steps = {
+        path: int(number)
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.rpartition("-")[2]).isdecimal()
+    }
+    for path in sorted(steps, key=lambda path: (steps[path] <= step, steps[path]))[:-limit]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointingTrainer(Trainer):
@@ -70,6 +93,22 @@ class CheckpointingTrainer(Trainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that kdcore never reads
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and remove those beyond the limit by their steps.
+
+        The Trainer goes by their times, and would remove the one that it has just written if the
+        clock went back.
+        """
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with naming(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            remove_oldest(folder, step, limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, unless it is sharded: its shards are written with the optimizer's."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, in_field
-from kdcore.method.attention_maps import reads_attention
+from kdcore.method.attention_maps import reads_attention, reads_values
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
+from kdcore.models.anatomy import layers_of
 from kdcore.models.attention import refuse_unwatched
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
@@ -37,7 +38,7 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
         models: The models, which need no weights.
 
     Raises:
-        UserError: A matcher of hidden states has a classifier, or a matcher does not fit.
+        UserError: A model has nothing that a matcher reads, or a matcher does not fit.
     """
     for label, matcher in objective.matchers.items():
         assert models.teacher is not None  # Method.build refuses a spec without a live one
@@ -45,23 +46,33 @@ def bind_matchers(objective: Objective, models: TeacherAndStudent) -> None:
         for role, loaded in each.items():
             if reads_attention(matcher):
                 refuse_unwatched(loaded.model, role)
-            elif not loaded.model.can_generate():
-                raise UserError(
-                    f"matcher '{label}' compares the hidden states of language models, and "
-                    f"{loaded.name} is a classifier",
-                    "choose a matcher of attention, or remove the matcher",
-                )
-        matcher.bind(_sizes(models.student), _sizes(models.teacher))
+            else:
+                _refuse_stages(label, loaded)
+        matcher.bind(sizes_of(models.student), sizes_of(models.teacher))
         if reads_attention(matcher):
             ours, theirs = (set(numbers) for numbers in zip(*matcher.pairs, strict=True))
             refuse_unwatched(models.teacher.model, "teacher", theirs)
             refuse_unwatched(models.student.model, "student", ours)
 
 
-def _sizes(loaded: LoadedModel) -> StateSizes:
-    facts = describe_model(loaded)
-    heads = getattr(loaded.model.config.get_text_config(), "num_attention_heads", None)
-    return StateSizes(facts.layers, facts.hidden, heads if isinstance(heads, int) else 0)
+def _refuse_stages(label: str, loaded: LoadedModel) -> None:
+    """Raises UserError for a model whose hidden states have no common width, or no list."""
+    if getattr(loaded.model.config, "depths", None) is not None:
+        raise UserError(
+            f"matcher '{label}' compares hidden states of one width, and {loaded.name} has stages "
+            "of several widths",
+            "choose models such as ViT or BERT, or remove the matcher",
+        )
+    layers_of(loaded.model)
+
+
+def sizes_of(loaded: LoadedModel) -> StateSizes:
+    """The sizes of a model that matchers are bound to."""
+    facts, config = describe_model(loaded), loaded.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0
+    shared = getattr(config, "num_key_value_heads", None)
+    return StateSizes(facts.layers, facts.hidden, heads, shared if shared and heads else heads)
 
 
 def matched_by(objective: Objective) -> tuple[Matched, Matched]:
@@ -82,7 +93,9 @@ def _read(objective: Objective, side: int, attention: bool) -> set[int]:
 def matched_lines(objective: Objective) -> Iterator[str]:
     """Yield what each bound matcher compares, for a report."""
     for label, matcher in objective.matchers.items():
-        what = "attention of layers" if reads_attention(matcher) else "hidden states"
+        what = "hidden states"
+        if reads_attention(matcher):
+            what = f"{'values' if reads_values(matcher) else 'attention'} of layers"
         pairs = ", ".join(f"{ours} with {theirs}" for ours, theirs in matcher.pairs)
         yield f"matcher {label}: {what} {pairs} (student with teacher)"
 

@@ -338,8 +338,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def _finish_step(self) -> None:
         self._micro_step = 0
         figures = self._figures.of_step() | {"progress": self._progress}
-        for component in self.engine.objective.stateful.values():
-            component.step_done(figures)
+        self.engine.objective.step_done(figures)
         self._scores.close()
         self.step_done(self.state.global_step + 1, figures)
 

@@ -192,6 +192,8 @@ def akl(student: Tensor, teacher: Tensor, mass: float) -> Tensor:
     The share is the part of sum |teacher - student| on the teacher's head; it has no gradient.
     Source: arXiv 2404.02657.
     """
+    if mass == 1:  # all classes are the head, however the sum of their probabilities is rounded
+        return kl_to(teacher, student)
     with torch.no_grad():
         teacher_probs = teacher.exp()
         gap = (teacher_probs - student.exp()).abs()
@@ -205,8 +207,9 @@ class TAID:
     """TAID: KL(target || student) with target = softmax((1 - t) student + t teacher) of logits.
 
     As t increases, the target moves from the student to the teacher: linearly with the progress,
-    and faster while the loss J falls. d = (J_prev - J) / J_prev, m = decay m + (1 - decay) d,
-    t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))). Source: arXiv 2501.16937.
+    and faster while J, the mean of this divergence, falls. d = (J_prev - J) / J_prev, at least -1,
+    m = decay m + (1 - decay) d, t = min(end, max(linear, t + alpha sigmoid(m) (1 - t))). Source:
+    arXiv 2501.16937.
     """
 
     @by_keywords(params.TAID)
@@ -214,8 +217,8 @@ class TAID:
         self.params = params
         self.t = params.start
         self.momentum = 0.0
-        self.previous = 0.0
-        """Loss of the previous step; 0 before the first step."""
+        self.previous = math.inf
+        """J of the previous step; infinite before the first step."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         # Log-probs may replace logits: the softmax ignores their constant difference.
@@ -224,11 +227,13 @@ class TAID:
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
         start, end = self.params.start, self.params.end
-        loss, previous = metrics["loss"], self.previous
+        loss, previous = metrics["distilled"], self.previous
         self.previous = loss
-        if previous == 0:
+        if math.isinf(previous):
             return
-        decay, gain = self.params.decay, (previous - loss) / previous
+        # J is 0, or what rounding leaves of it, while the target is the student: start: 0
+        gain = max(-1.0, (previous - loss) / previous) if previous > 0 else 0.0
+        decay = self.params.decay
         self.momentum = decay * self.momentum + (1 - decay) * gain
         linear = start + metrics["progress"] * (end - start)
         sigmoid = (1 + math.tanh(self.momentum / 2)) / 2  # unlike exp, it cannot overflow

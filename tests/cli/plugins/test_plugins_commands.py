@@ -124,3 +124,11 @@ def test_a_kind_without_a_template_gets_those_that_have_one(kdcore: Kdcore, kind
     cause, cure = said.err.splitlines()
     assert cause == f"error: kind '{kind}' does not have a template"
     assert cure.count("gate") == 1
+
+
+def test_new_names_each_file_that_it_wrote_in_a_line(kdcore: Kdcore) -> None:
+    said = kdcore("plugins", "new", "my-gate", "--kind", "gate")
+    *files, following = said.out.splitlines()
+    written = [str(file) for file in Path("my-gate").rglob("*") if file.is_file()]
+    assert sorted(files) == sorted(f"wrote {file}" for file in written)
+    assert following == "next: pip install -e my-gate && kdcore plugins check my-gate"

@@ -170,7 +170,7 @@ def test_hooks_do_not_outlive_a_pass() -> None:
 
 def test_training_mode_is_refused() -> None:
     model = type(tiny("llama"))(config_of("llama")).train()
-    with pytest.raises(ValueError, match="eval"):
+    with pytest.raises(UserError, match="eval"):
         Session(model)
 
 

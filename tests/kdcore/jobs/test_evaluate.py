@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.evaluate import Evaluation, evaluate, spec_of
 from kdcore.specs.evaluate import EvaluateSpec
+from kdcore_cli import main
 from tests.fixtures.json_lines import write_lines
 from tests.kdcore.jobs.distill.test_distill import classifier_of
 from tests.kdcore.jobs.distill.test_distill import spec_of as distill_spec
@@ -98,6 +101,28 @@ def test_a_runs_student_is_measured_as_the_run_did(
     run.path("model", "config.json").unlink()
     with pytest.raises(UserError, match="does not contain a trained student"):
         spec_of(run)
+
+
+def test_a_copy_of_a_runs_student_is_measured_by_the_command_that_export_prints(
+    tmp_path: Path, models: dict[str, str], rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the run's held-out rows: those of `heldout: 10 %` are in no file of their own."""
+    data = {"train": {"name": "chat", "path": rows}, "heldout": "40 %"}
+    training = {"steps": 1, "batch_size": 2}
+    run = distill(distill_spec(tmp_path, Path(models["0"]), data, training=training))
+    capsys.readouterr()
+    words = [str(run.folder), "--format", "transformers", "--out", str(tmp_path / "a copy")]
+    assert main.run(["export", *words]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    told, _, command = line.partition(": ")
+    assert told == "measure it again"
+    assert main.run([*shlex.split(command)[1:], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["teacher"]["name"] == str(run.path("model"))
+    assert found["model"]["name"] == str(tmp_path / "a copy")
+    assert found["figures"]["teacher_kl"] == pytest.approx(0, abs=1e-6)
+    after = run.read_json("results.json")["after"]
+    assert found["figures"]["perplexity"] == pytest.approx(after["perplexity"])
 
 
 def test_a_classifier_is_measured_by_its_labels(tmp_path: Path) -> None:

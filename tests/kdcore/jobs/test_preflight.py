@@ -165,6 +165,26 @@ def test_memory_and_time(folder: Path) -> None:
     assert adapters.memory["student"] > weights
 
 
+def test_matchers_cost_memory_and_time(folder: Path) -> None:
+    plain = report(folder)
+    assert plain.memory["matchers"] == 0
+    width, positions = 16, 2 * plain.train.longest
+    asked = "{name: hidden, pairs: [[1, 1], [-1, -1]], projection: always}"
+    hidden = report(folder, f"method.matchers=[{asked}]")
+    own = 4 * (width * width + width)  # one projection for both pairs, trained with the student
+    assert hidden.memory["matchers"] == own + positions * 2 * 2 * width * 4
+    assert hidden.memory["gradients"] == plain.memory["gradients"] + own
+    more = hidden.seconds["training"] - plain.seconds["training"]
+    rows = 9 * 2
+    assert more == pytest.approx(rows * 6 * 2 * plain.train.learned * own / 4 / 1e6)
+
+    maps = report(folder, "method.matchers=[attention]", "training.chunk=7")
+    chunk = 4 * 4 * 7 * plain.train.longest * (2 + 2)  # copies x bytes x queries x keys x heads
+    assert maps.memory["matchers"] == 2 * positions * 2 * width * 4 + chunk
+    more = maps.seconds["training"] - plain.seconds["training"]
+    assert more == pytest.approx(rows * 8 * plain.train.learned * plain.train.tokens * width / 1e6)
+
+
 def told(folder: Path, *sets: str) -> list[str]:
     """The warnings, but that of the system turn that the tiny template adds."""
     return [line for line in report(folder, *sets).warnings if "chat template" not in line]
@@ -235,6 +255,7 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
         report(folder, *sets)
     found = {mistake.field: mistake for mistake in raised.value.found}
     assert [*found] == ["training.report_to", "data.train", "data.heldout", "student"]
+    assert found["student"].cure.endswith("; or remove layers, which keeps all of them")
     assert found["training.report_to"].cure == "run: pip install swanlab, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
     located = placed(folder / "spec.yaml", sets, raised.value.found).cause.splitlines()

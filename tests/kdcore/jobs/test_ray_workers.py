@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,12 @@ def processes(folder: Path) -> int:
 
 @pytest.mark.needs("Ray")
 def test_the_share_of_a_worker_that_dies_is_done_again(cluster: str, tmp_path: Path) -> None:
-    found = dict(spread(dying(doubled, tmp_path / "a"), range(6)))
+    told: list[tuple[int, str]] = []
+    dead = dying(doubled, tmp_path / "a")
+    found = dict(spread(dead, range(6), died=lambda *given: told.append(given)))
+    assert [line for _, line in told] == [
+        "warning: its worker died, and another one does its work again"
+    ]
     refused = found.pop(3)
     assert isinstance(refused, UserError) and refused.cause == "3 is refused"
     assert found == {place: 2 * place for place in range(6) if place != 3}
@@ -89,6 +95,18 @@ def test_a_share_that_always_kills_its_worker_does_not_stop_the_others(
     died = found.pop(1)
     assert isinstance(died, UserError) and "its worker died 2 times" in died.cause
     assert found == {0: 0, 2: 2}
+
+
+def test_what_ray_prints_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says on stdout why a worker died, whatever `init` is told."""
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: None, shutdown=print)
+    monkeypatch.setattr(ray_workers, "_installed_ray", lambda: ray)
+    with ray_workers.connected("ray"):
+        print("(raylet) A worker died")
+    shown = capsys.readouterr()
+    assert (shown.out.strip(), shown.err.strip()) == ("", "(raylet) A worker died")
 
 
 def test_a_module_that_workers_lack_is_named() -> None:

@@ -368,3 +368,21 @@ def test_a_ranked_gate_that_gives_another_shape_is_named(method: str) -> None:
         ValueError, match=r"gate0. returned (scores|weights) of shape \[1\], expected"
     ):
         run(objective((gate,)), lm_batch(), student, student)
+
+
+def test_components_with_a_memory_are_told_the_sum_of_the_parts_alone() -> None:
+    class Remembering(HalfConfident):
+        def step_done(self, metrics: Any) -> None:
+            self.told = metrics
+
+        def state_dict(self) -> dict[str, Tensor]:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    gate, matcher = Remembering(), torch.nn.Identity()
+    weights = dict.fromkeys(("target", "non_target", "task", "policy", "hidden"), 0.5)
+    made = Objective({"gate": gate}, (), ForwardKL(), weights, matchers={"hidden": matcher})
+    figures = {f"term/{name}": 2.0**place for place, name in enumerate(weights)}
+    made.step_done(figures | {"auxiliary/term/target": 64.0, "loss": 9.0})
+    assert gate.told["distilled"] == 1 + 2 and gate.told["loss"] == 9

@@ -252,7 +252,7 @@ def test_taid_moves_its_target_as_the_formula_says(
             measure = build("divergence", "taid", **params)
             measure.load_state_dict(state)
         progress = (step + 1) / len(losses)
-        measure.step_done({"loss": loss, "progress": progress})
+        measure.step_done({"loss": 9 * loss, "distilled": loss, "progress": progress})
         t, momentum = reference.taid_next(t, momentum, previous, loss, progress, **params)
         previous = loss
         assert measure.t == pytest.approx(t, rel=1e-12)
@@ -266,8 +266,27 @@ def test_taid_moves_its_target_as_the_formula_says(
 def test_no_loss_stops_taid(loss: float) -> None:
     measure = build("divergence", "taid")
     for each in (1.0, loss, 1.0, 0.5):
-        measure.step_done({"loss": each, "progress": 0.5})
+        measure.step_done({"distilled": each, "progress": 0.5})
     assert math.isfinite(measure.momentum) and measure.t >= 0.7
+
+
+def test_akl_of_the_whole_mass_is_the_forward_kl() -> None:
+    """The sum of the probabilities may exceed 1 by rounding."""
+    student, teacher = pair(0, 4, 8, 700)
+    found = of_logits(build("divergence", "akl", mass=1.0), student.float(), teacher.float())
+    plain = of_logits(build("divergence", "forward_kl"), student.float(), teacher.float())
+    assert torch.equal(found, plain)
+
+
+def test_taid_leaves_the_student_although_it_begins_there() -> None:
+    """With ``start: 0`` the target is the student itself, and J is 0 up to rounding."""
+    student, teacher = pair(0, 2, 3, 7)
+    measure = build("divergence", "taid", start=0.0, alpha=0.5)
+    for step in range(6):
+        loss = of_logits(measure, student, teacher).mean().item()
+        measure.step_done({"distilled": loss if step else 0.0, "progress": step / 6})
+    assert measure.t == pytest.approx(5 / 6)
+    assert -0.06 < measure.momentum < 0, "a loss that rises from 0 counts as one that doubles"
 
 
 def test_a_detached_mixture_has_no_slope() -> None:

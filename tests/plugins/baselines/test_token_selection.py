@@ -87,7 +87,7 @@ def test_adakd_without_focus_and_temperature_is_no_gate() -> None:
     batch = random_batch(3, 3, 12, 11, dtype=torch.float32)
     neutral = build("gate", "adakd", step=0, strength=0)
     for progress in (0.01, 0.5, 1.0):
-        neutral.step_done({"term/kd": 1 - progress, "progress": progress})
+        neutral.step_done({"distilled": 1 - progress, "progress": progress})
     step, gradient = train_step(batch, neutral)
     plain, plain_gradient = train_step(batch)
     assert torch.equal(step.losses["all"], plain.losses["all"])
@@ -118,9 +118,7 @@ def test_adakds_fraction_follows_the_loss(losses: list[float], warmup: int, deca
     gate = build("gate", "adakd", decay=decay, warmup=warmup / 100, step=0.2, tolerance=0.1)
     found = []
     for number, loss in enumerate(losses, start=1):
-        gate.step_done(
-            {"loss": 9 * loss, "term/kd": loss, "term/task": 5.0, "progress": number / 100}
-        )
+        gate.step_done({"loss": 9 * loss, "distilled": loss, "progress": number / 100})
         found.append(gate.fraction)
     expected = reference.adakd_fractions(losses, warmup, decay, tolerance=0.1, step=0.2)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -130,7 +128,7 @@ def test_adakds_fraction_follows_the_loss(losses: list[float], warmup: int, deca
 def test_adakd_resumes_with_its_fraction() -> None:
     gate = AdaKD(warmup=0.0, decay=0.0)
     for loss in (4.0, 3.0, 2.0, 1.0):
-        gate.step_done({"term/kd": loss, "progress": 0.5})
+        gate.step_done({"distilled": loss, "progress": 0.5})
     resumed = AdaKD(warmup=0.0, decay=0.0)
     resumed.load_state_dict(gate.state_dict())
     assert resumed.fraction == gate.fraction == pytest.approx(0.95**3)

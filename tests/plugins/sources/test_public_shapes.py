@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"text": "Where is it?", "intent": "place"},
         "have a label ('intent')",
         "text: text, label: intent}",
+    ),
+    "an export of Zendesk": (
+        {"ticket": {"id": 1, "comments": [{"author": {"role": "agent"}, "body": "Yes."}]}},
+        "it has lists inside others: ticket.comments",
+        '{"messages": [{"role": "user"',
+    ),
+    "an export of Intercom, in one mapping": (
+        {"conversations": [{"id": 1, "parts": {"type": "list", "parts": [{"body": "Yes."}]}}]},
+        "it has lists inside others: conversations[0].parts.parts",
+        '{"messages": [{"role": "user"',
+    ),
+    "fields inside one another": (
+        {"a": functools.reduce(lambda inner, _: {"a": inner}, range(300), {"a": []})},
+        "no field of",
+        "prompt: FIELD",
+    ),
+    "a call in a message without a text": (
+        {"messages": [{"role": "user", "content": 5, "calls": [{"name": "it"}]}]},
+        "a message must be {role, content} with two strings",
+        'write {"role": "user"',
     ),
     "OpenAssistant's trees": (
         {"prompt": {"text": "Where?", "role": "prompter", "replies": []}},

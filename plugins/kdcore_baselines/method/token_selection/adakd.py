@@ -56,9 +56,7 @@ class AdaKD:
         return torch.exp(-self.params.strength * hardness)
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
-        terms = {name: value for name, value in metrics.items() if name.startswith("term/")}
-        of_labels = terms.get("term/task", 0.0) + terms.get("term/label", 0.0)
-        loss, params = sum(terms.values()) - of_labels, self.params
+        loss, params = metrics["distilled"], self.params
         self.mean = params.decay * self.mean + (1 - params.decay) * loss if self.mean else loss
         if not self.settled:
             self.settled = self.mean if metrics["progress"] > params.warmup else 0.0

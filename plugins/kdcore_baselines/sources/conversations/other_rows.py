@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kdcore.errors import UserError
@@ -29,6 +29,8 @@ _SIDES = (
 """What stands before the turns of the two sides in a text that holds a whole conversation."""
 _CHOICES = {"choice", "option", "ending"}
 """Words of a field with the answers to choose from."""
+_MOST_LISTS, _DEEPEST = 3, 5
+"""Most lists that a message names, and the levels of fields in which they are looked for."""
 _ALIKE = re.compile(r"(.+?)(?:[_ -]?\d+|[_ -][A-Za-z]|(?<=[a-z])[A-Z])")
 """A name of one of several fields that are alike: answer_0, response2, human_ref_A, responseB."""
 
@@ -44,6 +46,29 @@ def refuse_choices(rows: Rows) -> None:
             f"write {found} into the prompt and the right one as the response: "
             '{"prompt": ..., "response": ...}',
         )
+
+
+def refuse_nested(rows: Rows, origin: str) -> None:
+    """Raises UserError for rows whose lists of turns stand inside other fields, as in exports."""
+    found = dict.fromkeys(place for row in rows for place in _lists_within(row))
+    if inside := [place for place in found if "." in place][:_MOST_LISTS]:
+        raise UserError(
+            f"no field of {origin} is a list of turns; it has lists inside others: "
+            f"{', '.join(inside)}",
+            'write a line {"messages": [{"role": "user", "content": ...}, ...]} for each '
+            "conversation, as 'Exports' in the docs' page 'Your own data' does",
+        )
+
+
+def _lists_within(value: Any, place: str = "") -> Iterator[str]:
+    """The places of the lists of mappings in a value, e.g. ``ticket.comments``."""
+    if isinstance(value, Mapping) and place.count(".") < _DEEPEST:
+        for name, each in value.items():
+            yield from _lists_within(each, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        yield place
+        if not {"role", "from"} & value[0].keys():  # a turn, whose calls and parts are its own
+            yield from _lists_within(value[0], f"{place}[0]")
 
 
 def refuse_alternatives(rows: Rows) -> None:

@@ -19,6 +19,7 @@ from kdcore_baselines.sources.conversations.other_rows import (
     refuse_alternatives,
     refuse_choices,
     refuse_labelled,
+    refuse_nested,
     refuse_transcripts,
 )
 from kdcore_baselines.sources.conversations.rows import (
@@ -96,6 +97,7 @@ def _guessed(rows: Sequence[Mapping[str, Any]], origin: str) -> dict[str, Any]:
         if (params := guess(rows)) is not None:
             return params if (read := _tidied(rows, params)) is None else read
     refuse_transcripts(rows, names_of(rows))
+    refuse_nested(rows, origin)
     if names_of(rows).keys() & {*TURNS}:  # the reader says what is wrong with them
         usual = ConversationParams.model_validate({})
         ConversationRows(usual, "chat").read(rows[0], f"{origin}:1")

@@ -313,7 +313,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
         (["hi", "--device", "cuda:7"], "no device 'cuda:7'", "known: cpu"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
-        (["h\udcff"], "the prompt contains bytes that are not valid UTF-8", "UTF-8"),
+        (["h\udcff"], "'h\\udcff' contains bytes that are not valid UTF-8", "rename"),
         (["hi", "--stop", ""], "--stop is empty", "ends an answer"),
         (["hi", "--samples", "3"], "temperature 0 would give the same answer 3 times", "above 0"),
         (["hi", "--samples", "0"], "--samples", ""),

@@ -23,7 +23,7 @@ from kdcore.data.caches.manifest import Manifest
 from kdcore.data.caches.teacher_cache import TeacherCache
 from kdcore.data.store import RowKeys, row_key
 from kdcore.errors import UserError
-from kdcore.jobs.caches.build import build_cache, validate_cache
+from kdcore.jobs.caches.build import build_cache, least_of_shard, validate_cache
 from kdcore.jobs.distill import distill
 from kdcore.method.records import Row
 from kdcore.models.assembly import Assembly
@@ -187,6 +187,15 @@ build_cache.build_cache(spec, folder, k=4, shard=1)
     assert len(shards(broken)) == len(shards(whole.folder)) == ROWS
     for one, other in zip(shards(whole.folder), shards(broken), strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_shard_ends_at_a_size_in_bytes(tmp_path: Path, asked: dict[str, Any]) -> None:
+    manifest = build_cache(spec_of(asked), tmp_path / "cache", k=4).manifest
+    assert manifest.bytes_per_position == 4 * (2 + 2)  # uint16 ids and float16
+    wide = replace(manifest, k=4096, ids="int32")
+    assert least_of_shard(1, manifest) == 16_384
+    assert least_of_shard(10**9, manifest) == 100_000
+    assert least_of_shard(10**9, wide) == 2**28 // (4096 * 6)
 
 
 def test_a_cache_that_another_process_builds_is_left_alone(

@@ -90,6 +90,16 @@ def test_bfloat16_is_no_reason_to_refuse(family: str) -> None:
     refuse_unfaithful(made(tiny(family).config, torch.bfloat16))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_is_no_reason_to_refuse_nor_a_proof_without_it(family: str) -> None:
+    model, passes = made(tiny(family).config), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refuse_unfaithful(model)
+    model.register_forward_hook(lambda *_: passes.append(1))
+    refuse_unfaithful(model)
+    assert passes
+
+
 def test_a_model_is_tried_once() -> None:
     model, passes = made(CONFIGS["opt"]), []
     model.register_forward_hook(lambda *_: passes.append(1))

@@ -26,7 +26,7 @@ def spec(folder: Path, auxiliary: dict[str, Any] | None = None, **changes: Any) 
         saved(tiny_model("llama", seed=1), folder / "student")
         saved(tiny_model("llama", seed=2), folder / "teacher")
     source = {**chats_in(folder / "corpus", TEXTS), "text": "text"}
-    data = {"auxiliary": {"source": source, **(auxiliary or {})}}
+    data = {"auxiliary": {"source": source, **(auxiliary or {})}, **changes.pop("data", {})}
     given: dict[str, Any] = {"teacher": {"model": str(folder / "teacher")}, "data": data}
     return distill_spec(folder, folder / "student", **(given | changes))
 
@@ -105,3 +105,31 @@ def test_a_row_without_its_text_is_named(tmp_path: Path) -> None:
     source = {**chats_in(tmp_path / "corpus", TEXTS), "text": "content"}
     with pytest.raises(UserError, match=r"rows\.jsonl:1 has no text in 'content'"):
         preflight(spec(tmp_path, {"source": source}))
+
+
+def test_distillm_2_learns_the_responses_of_both_models_in_each_step(tmp_path: Path) -> None:
+    """(2 - beta) SKL on the teacher's + beta SRKL on the student's; beta grows to 1.5."""
+    method = {
+        "divergence": "skew_kl",
+        "sampled_divergence": {"name": "skew_reverse_kl", "detached": True},
+        "terms": {"kd": [[0, 1], [0.5, 1.5]]},
+    }
+    training = {"steps": 4, "batch_size": len(TEXTS), "accumulation": 1}
+    on_policy = {"on_policy": {"probability": 1.0, "max_new_tokens": 6}}
+    terms = {"terms": {"kd": [[0, 1], [0.5, 0.5]]}}
+    run = distill(spec(tmp_path, terms, method=method, training=training, data=on_policy))
+    losses, ours = logged(run), logged(run, "term/kd")
+    theirs = logged(run, "auxiliary/term/kd")
+    for step, beta in enumerate((1.0, 1.25, 1.5, 1.5)):
+        expected = (2 - beta) * theirs[step] + beta * ours[step]
+        assert losses[step] == pytest.approx(expected, rel=1e-5)
+    corpus = {"train": {**chats_in(tmp_path / "corpus", TEXTS), "text": "text"}}
+    plain = distill_spec(
+        tmp_path / "plain",
+        tmp_path / "student",
+        teacher={"model": str(tmp_path / "teacher")},
+        method={"divergence": "skew_kl"},
+        training=training,
+        data=corpus,
+    )
+    assert theirs[0] == pytest.approx(logged(distill(plain))[0], rel=1e-5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kdcore.components.hookspecs import hookimpl
@@ -19,6 +21,7 @@ from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.trainer import checkpoint as checkpoint_state
+from kdcore.training.trainer.checkpointing import remove_oldest
 from tests.fixtures.interrupted import interrupted_after
 from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
@@ -118,6 +121,43 @@ def test_a_run_killed_inside_a_write_goes_on_to_the_same_bits(
     assert same(weights(distill(spec_of(asked, run), resume=True)), unbroken)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_names_the_checkpoint(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(SafetensorError) as raised:
+        distill(spec_of(asked, tmp_path / "run"))
+    assert vars(raised.value)["filename"] == str(tmp_path / "run/checkpoint-2")
+
+
+def test_the_newest_checkpoint_stays_when_the_clock_goes_back(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is older than the one before it, by the time of its folder."""
+
+    def changed_at(path: str | Path, of: Any = os.path.getmtime) -> float:
+        name, _, number = Path(path).name.partition("-")
+        return -float(number) if name == "checkpoint" else of(path)
+
+    monkeypatch.setattr(os.path, "getmtime", changed_at)
+    training = asked["training"] | {"save_every": 1, "keep": 1}
+    run = distill(spec_of(asked, tmp_path / "run", training=training))
+    assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_the_remains_of_a_later_checkpoint_do_not_outlive_the_newest(tmp_path: Path) -> None:
+    mine = {"checkpoint-9-mine", "checkpoint-old"}
+    for name in ("checkpoint-2", "checkpoint-3", "checkpoint-10", *mine):
+        (tmp_path / name).mkdir()
+    remove_oldest(tmp_path, step=3, limit=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3", *mine}
+    remove_oldest(tmp_path, step=3, limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", *mine}
 
 
 def test_a_torn_file_never_takes_the_place_of_a_whole_one(

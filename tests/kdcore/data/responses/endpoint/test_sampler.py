@@ -27,6 +27,7 @@ from tests.tiny.tiny_chat_models import saved, tiny_model
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
 STEPS = 4
+NOISE = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,23 @@ def test_a_server_with_another_model_is_refused(
     with pytest.raises(UserError, match="runs another model than the student") as wrong:
         distill(spec_of(tmp_path / "run", models, endpoint(server), student=LORA))
     assert wrong.value.cure == "serve the model of student.model"
+
+
+def test_a_server_whose_model_is_almost_the_student_is_refused_and_rounding_is_not(
+    tmp_path: Path, models: Path, server: SamplingEndpoint
+) -> None:
+    """Other by noise of a tenth of the weights' deviation, or by the rounding to bfloat16."""
+    own: Any = server.model.model
+    exact = {name: each.clone() for name, each in own.state_dict().items()}
+    own.load_state_dict({name: each.bfloat16().float() for name, each in exact.items()})
+    once = {"steps": 1, "batch_size": 4, "accumulation": 1}
+    distill(spec_of(tmp_path / "rounded", models, endpoint(server), student=LORA, training=once))
+    torch.manual_seed(0)
+    own.load_state_dict(
+        {n: each + NOISE * each.std() * torch.randn_like(each) for n, each in exact.items()}
+    )
+    with pytest.raises(UserError, match="runs another model than the student"):
+        distill(spec_of(tmp_path / "run", models, endpoint(server), student=LORA, training=once))
 
 
 @pytest.mark.parametrize(
