@@ -89,7 +89,7 @@ def test_learned_tokens_are_in_colour_in_a_terminal(
 def test_what_would_stop_the_run_is_code_2(kdcore: Kdcore, starter: list[str]) -> None:
     said = kdcore(*starter, "--set", "method.momentum=deepkd", "--set", "method.splitters=[deepkd]")
     assert said.code == 2
-    line = "error: spec.yaml:47: training.optimizer: momentum policy 'deepkd' computes the whole"
+    line = "error: spec.yaml:48: training.optimizer: momentum policy 'deepkd' computes the whole"
     assert line in said.err
     assert (
         "  fix: set training.optimizer: sgd, training.momentum: 0.0, training.clip: 0.0" in said.err

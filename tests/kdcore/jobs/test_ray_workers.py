@@ -209,7 +209,7 @@ def test_cells_on_ray_give_what_they_give_here(
 
 
 def on_other_machines(
-    work: Work, shares: Sequence[Any], *, fresh: bool = False
+    work: Work, shares: Sequence[Any], *, fresh: bool = False, died: Any = None
 ) -> Iterator[tuple[int, Any]]:
     """The shares from the last to the first, each with a worker of its own."""
     for place, share in reversed([*enumerate(shares)]):

@@ -77,9 +77,9 @@ def steps(method: dict[str, Any], rows: int, length: int) -> None:
             for weight, change in zip((body, head), update, strict=True):
                 assert change.isfinite().all()
                 weight -= 0.1 * change
-        figures = {"loss": float(sum(found.losses.values()).detach()), "progress": step / 2}
+        figures = {name: float(value) for name, value in found.figures.items()}
+        objective.step_done(figures | {"progress": step / 2})
         for component in objective.stateful.values():
-            component.step_done(figures)
             component.load_state_dict(component.state_dict())
         state = policy.state_dict()
 
