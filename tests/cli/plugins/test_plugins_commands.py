@@ -127,8 +127,8 @@ def test_a_kind_without_a_template_gets_those_that_have_one(kdcore: Kdcore, kind
 
 
 def test_new_names_each_file_that_it_wrote_in_a_line(kdcore: Kdcore) -> None:
-    said = kdcore("plugins", "new", "my-gate", "--kind", "gate")
+    said = kdcore("plugins", "new", "fresh-gate", "--kind", "gate")
     *files, following = said.out.splitlines()
-    written = [str(file) for file in Path("my-gate").rglob("*") if file.is_file()]
+    written = [str(file) for file in Path("fresh-gate").rglob("*") if file.is_file()]
     assert sorted(files) == sorted(f"wrote {file}" for file in written)
-    assert following == "next: pip install -e my-gate && kdcore plugins check my-gate"
+    assert following == "next: pip install -e fresh-gate && kdcore plugins check fresh-gate"
