@@ -14,6 +14,8 @@ from kdcore.data.batching.anchors import at_anchors, known
 from kdcore.data.rows import batch_of as as_batch
 from kdcore.data.rows import collate
 from kdcore.decoding.loop import Decoder, Stop
+from kdcore.decoding.session import Session
+from kdcore.decoding.tree import DraftTree
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch, Row
 from kdcore.models.assembly import Assembly
@@ -38,6 +40,17 @@ def bound(name: str, target: PreTrainedModel, seed: int = 0, **params: object) -
         for weight in drafter.parameters():
             weight += 0.2 * torch.randn(weight.shape)
     return drafter
+
+
+@torch.inference_mode()
+def proposed_at_once(drafter: Any, session: Session, row: list[int]) -> DraftTree:
+    """The proposal after a row that drafter and target read in one pass."""
+    whole, length = torch.tensor(row)[None], torch.tensor([len(row)])
+    session.start(1)
+    features = session.read(whole, length)
+    drafter.start(whole[:, 0])
+    tree: DraftTree = drafter.propose(whole[:, 1:], features[:, :-1], length - 1, None)
+    return tree
 
 
 def batch_of(rows: list[list[int]]) -> Batch:

@@ -228,9 +228,7 @@ CLASSIFIERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("chunk", [2, 100])
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_classifiers_row_has_the_mean_over_its_positions(name: str, chunk: int) -> None:
+def classifiers(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     kind, config = CLASSIFIERS[name]
     made = []
     for seed in (1, 2):
@@ -240,7 +238,13 @@ def test_a_classifiers_row_has_the_mean_over_its_positions(name: str, chunk: int
             for weight in model.parameters():
                 weight.mul_(4)
         made.append(model.eval())
-    student, teacher = made
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifiers_row_has_the_mean_over_its_positions(name: str, chunk: int) -> None:
+    student, teacher = classifiers(name)
     lengths = (5, 9, 7)
     if name == "vit":
         lengths = (10, 10, 10)  # 9 patches and the class

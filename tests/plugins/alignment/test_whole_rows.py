@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ from kdcore_alignment import Attention, Hidden
 from tests.plugins.alignment.test_attention import (
     CLASSIFIERS,
     batched,
+    classifiers,
     kl,
     language_models,
     rows,
@@ -37,19 +37,6 @@ from tests.plugins.alignment.test_attention import (
 from tests.tiny.distill_specs import logged
 
 LENGTHS = (5, 9, 7)
-
-
-def classifiers(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    kind, config = CLASSIFIERS[name]
-    made = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = kind.from_config(deepcopy(config), attn_implementation="sdpa")
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(4)
-        made.append(model.eval())
-    return made[0], made[1]
 
 
 def given(name: str) -> tuple[Batch, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from kdcore_baselines.drafters.untrained import Ngram
 from kdcore_baselines.drafting_components import NgramParams, SuffixParams, TypicalParams
 from kdcore_baselines.verifiers import Greedy
 from tests.tiny.targets import generated, padded, prompts, tiny
-from tests.tiny.trained_drafters import bound
+from tests.tiny.trained_drafters import bound, proposed_at_once
 
 COUNT = 30
 
@@ -94,13 +94,7 @@ def test_a_row_falls_back_where_the_first_drafts_nothing(name: str, rows: int) -
             if drafted:
                 assert row_of(tree, row) == row_of(ours, row)
                 continue
-            whole = torch.tensor(contexts[row])[None]
-            with torch.inference_mode():
-                session.start(1)
-                features = session.read(whole, torch.tensor([whole.shape[1]]))
-                alone.start(whole[:, 0])
-                read = torch.tensor([whole.shape[1] - 1])
-                expected = alone.propose(whole[:, 1:], features[:, :-1], read, None)
+            expected = proposed_at_once(alone, session, contexts[row])
             assert row_of(tree, row) == row_of(expected, 0)
     assert min(from_both.values()) >= 2
 

@@ -24,7 +24,7 @@ from kdcore_openvino.engine import OpenVinoEngine
 from kdcore_openvino.plugin import OpenVinoParams
 from tests.tiny.drafters import Pauses
 from tests.tiny.targets import generated, padded, prompts, tiny
-from tests.tiny.trained_drafters import bound
+from tests.tiny.trained_drafters import bound, proposed_at_once
 
 SMALL: dict[str, dict[str, Any]] = {
     "eagle3": {"depth": 3, "tree": {"name": "dynamic", "beams": 4, "nodes": 20}},
@@ -94,13 +94,7 @@ def test_after_rounds_without_it_a_drafter_drafts_as_if_it_had_read_the_row_at_o
     session = Session(target, alone.layers)
     for contexts, lengths, tree in drafted:
         for row in lengths.nonzero()[:, 0].tolist():
-            whole = torch.tensor(contexts[row])[None]
-            with torch.inference_mode():
-                session.start(1)
-                features = session.read(whole, torch.tensor([whole.shape[1]]))
-                alone.start(whole[:, 0])
-                count = torch.tensor([whole.shape[1] - 1])
-                expected = alone.propose(whole[:, 1:], features[:, :-1], count, None)
+            expected = proposed_at_once(alone, session, contexts[row])
             assert row_of(tree, row) == row_of(expected, 0)
 
 
