@@ -99,8 +99,7 @@ def speculative(
     """
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings require a tokenizer", "give it as tokenizer=")
-    named = (registry or installed()).names("drafter")
-    if isinstance(drafter, Path) or (isinstance(drafter, str) and drafter not in named):
+    if isinstance(drafter, Path | str) and _is_folder(drafter, registry or installed()):
         read_config(Path(drafter))  # before a service waits for its first request
     if isinstance(first, str):
         (registry or installed()).component("drafter", first)
@@ -109,9 +108,9 @@ def speculative(
         if not isinstance(given, Path | str):
             return given
         known = registry or installed()
-        if isinstance(given, Path) or given not in known.names("drafter"):
+        if _is_folder(given, known):
             return load_drafter(Path(given), already_loaded(model), known, dtype=model.dtype)
-        choice = Choice("drafter", given, known.component("drafter", given).params())
+        choice = Choice("drafter", str(given), known.component("drafter", str(given)).params())
         built: Drafter = Assembly(known, model.device).build(choice)
         built.bind(model, tokenizer)
         return built
@@ -176,6 +175,11 @@ def speculative(
         return sequences if recorder is None else recorder.output(sequences, config)
 
     return generate
+
+
+def _is_folder(drafter: Path | str, known: Registry) -> bool:
+    """Whether it is the folder of a drafter, and not the name of one."""
+    return isinstance(drafter, Path) or drafter not in known.names("drafter")
 
 
 def _turn(model: PreTrainedModel) -> Any:

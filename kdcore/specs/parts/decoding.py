@@ -47,7 +47,7 @@ class DraftingSpec(SpecModel):
     )
 
     @model_validator(mode="after")
-    def _one_drafter(self) -> DraftingSpec:
+    def _drafters_are_named(self) -> DraftingSpec:
         if self.drafter is not None and self.folder is not None:
             raise ValueError("drafter and folder cannot both be set: remove one of them")
         if self.first is not None and self.drafter is None and self.folder is None:
