@@ -33,11 +33,12 @@ class AttentionTap:
     Args:
         model: A model that `refuse_unwatched` does not refuse.
         layers: Numbers of the layers, from 1.
+        values: Whether the values are kept too, which nothing else needs of a teacher.
     """
 
-    def __init__(self, model: Any, layers: tuple[int, ...]) -> None:
+    def __init__(self, model: Any, layers: tuple[int, ...], *, values: bool) -> None:
         blocks = layers_of(model)
-        self.layers = layers
+        self.layers, self._values = layers, values
         self._config = model.config.get_text_config()
         self._name = type(model).__name__
         self._numbers = {
@@ -57,7 +58,7 @@ class AttentionTap:
         heard: dict[int, LayerAttention] = {}
         before = self._config._attn_implementation
         self._config._attn_implementation = WATCHED
-        _this.numbers, _this.heard = self._numbers, heard
+        _this.numbers, _this.heard, _this.values = self._numbers, heard, self._values
         try:
             yield heard
         finally:
@@ -99,7 +100,8 @@ def watched(
     if heard is not None and number is not None and kwargs.get("position_bias") is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        heard[number] = LayerAttention(query, key, attention_mask, causal, scale, value)
+        kept = value if _this.values else None
+        heard[number] = LayerAttention(query, key, attention_mask, causal, scale, kept)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )

@@ -34,10 +34,12 @@ class Matched:
     Attributes:
         states: Numbers of hidden states, in increasing order; see `StateSizes`.
         layers: Numbers from 1 of the layers whose attention they read, likewise.
+        values: Whether they read the values of these layers too.
     """
 
     states: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
+    values: bool = False
 
 
 class ModelView:
@@ -53,7 +55,9 @@ class ModelView:
         self.classes = classes
         language_model, read = cast(PreTrainedModel, model), matched or Matched()
         self._tap = FeatureTap(language_model, read.states) if read.states else None
-        self._attention = AttentionTap(model, read.layers) if read.layers else None
+        self._attention = (
+            AttentionTap(model, read.layers, values=read.values) if read.layers else None
+        )
         read_any = read.states or read.layers
         self._generates = not read_any or language_model.can_generate()
         self._decoder = self._removable_head = None

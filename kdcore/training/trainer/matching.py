@@ -77,17 +77,18 @@ def sizes_of(loaded: LoadedModel) -> StateSizes:
 
 def matched_by(objective: Objective) -> tuple[Matched, Matched]:
     """What an objective's bound matchers read of the student, and of the teacher."""
+    values = any(map(reads_values, objective.matchers.values()))
     student, teacher = (
-        Matched(*(tuple(sorted(_read(objective, side, maps))) for maps in (False, True)))
+        Matched(_read(objective, side, False), _read(objective, side, True), values)
         for side in (0, 1)
     )
     return student, teacher
 
 
-def _read(objective: Objective, side: int, attention: bool) -> set[int]:
+def _read(objective: Objective, side: int, attention: bool) -> tuple[int, ...]:
     """The numbers that matchers of hidden states or of attention read of one of the models."""
     matchers = (m for m in objective.matchers.values() if reads_attention(m) == attention)
-    return {pair[side] for matcher in matchers for pair in matcher.pairs}
+    return tuple(sorted({pair[side] for matcher in matchers for pair in matcher.pairs}))
 
 
 def matched_lines(objective: Objective) -> Iterator[str]:
