@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
@@ -165,7 +166,8 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
             f"to at most {MOST_POINTS:,}"
         )
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
-    first: Any = None
+    arms: list[Any] = []
+    having: dict[str, Any] = {}
     for arm, changes in known.get("arms", {}).items():
         twice = [path for path in grid if has(changes, path)]
         if twice:
@@ -173,29 +175,45 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
                 f"arm '{arm}' sets {twice[0]}, which the grid sets too: remove one of them"
             )
         own = changed(known["base"], changes, info.context)
-        first = first or own
-        for point in points(grid):
-            try:
-                _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
-            except ValueError as fault:
-                if not _lacks_a_field(fault) or not _accepts(known["base"], point, info):
-                    raise
-                raise ValueError(
-                    f"base has the fields {', '.join(grid)}, but arm '{arm}' does not, and every "
-                    "arm is tried at every point: remove that arm, or write an arm for each value "
-                    "instead of the grid"
-                ) from fault
-    if first is None:
+        suits = _suiting(own, grid, info)
+        arms.append(own)
+        having = dict.fromkeys(suits, own) | having
+        for point in points(suits):
+            _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+    if not arms:
         return grid
-    return {path: [_at_point(first, path, value, info) for value in grid[path]] for path in grid}
+    for path in (path for path in grid if path not in having):
+        _try(arms[0], nested({path: grid[path][0]}), info, "a field that no arm has")
+    return {
+        path: [_at_point(having[path], path, value, info) for value in values]
+        for path, values in grid.items()
+    }
 
 
-def _accepts(base: Any, point: Point, info: ValidationInfo) -> bool:
+def _suiting(arm: Any, grid: dict[str, list[Any]], info: ValidationInfo | None) -> dict[str, Any]:
+    """The part of a grid whose fields the spec of an arm has.
+
+    A field may exist only beside the values of others: a parameter of a component that the grid
+    names.
+    """
+    suits: dict[str, Any] = {}
+    seen = -1
+    while len(suits) > seen:
+        seen = len(suits)
+        for path in grid.keys() - suits.keys():
+            alone = {path: grid[path][0]}
+            if not all(_lacks(arm, point, info) for point in (alone, suits | alone)):
+                suits |= alone
+    return {path: values for path, values in grid.items() if path in suits}
+
+
+def _lacks(arm: Any, point: Point, info: ValidationInfo | None) -> bool:
+    """Whether the spec of an arm lacks a field, or an item of a list, that a point sets."""
     try:
-        changed(base, nested(point), info.context)
-    except ValueError:
-        return False
-    return True
+        _try(arm, nested(point), info, "")
+    except ValueError as fault:
+        return _lacks_a_field(fault)
+    return False
 
 
 def _lacks_a_field(fault: Any) -> bool:
@@ -220,9 +238,9 @@ def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
     return made
 
 
-def _try(base: Any, changes: dict[str, Any], info: ValidationInfo, what: str) -> Any:
+def _try(base: Any, changes: dict[str, Any], info: ValidationInfo | None, what: str) -> Any:
     try:
-        return changed(base, changes, info.context)
+        return changed(base, changes, info and info.context)
     except ValidationError as inner:
         errors = {"errors": inner.errors(include_url=False), "model": type(base)}
         raise PydanticCustomError(PARAMS_ERROR, "{what}", errors | {"what": what}) from inner
@@ -262,7 +280,8 @@ class CompareSpec(SpecModel):
     grid: Grid = Field(
         {},
         description="dotted path of a field, or of an item of a list by its index (e.g. "
-        "method.gates.0.k) -> values to try; each arm keeps the combination that is best for it",
+        "method.gates.0.k) -> values to try; each arm keeps the combination that is best for it; "
+        "an arm whose spec lacks a field is not tried at its values",
     )
     validation: SourceChoice | None = Field(
         None,
@@ -287,10 +306,15 @@ class CompareSpec(SpecModel):
         1000, description="number of resamples of the paired bootstrap over held-out rows"
     )
 
-    @property
-    def points(self) -> list[Point]:
-        """What each arm is tried at."""
-        return points(self.grid)
+    @cached_property
+    def grids(self) -> dict[str, dict[str, list[Any]]]:
+        """Arm -> the part of the grid that it is tried at: the fields that its spec has."""
+        arms = {name: changed(self.base, arm) for name, arm in self.arms.items()}
+        return {name: _suiting(arm, self.grid, None) for name, arm in arms.items()}
+
+    def points_of(self, arm: str) -> list[Point]:
+        """What an arm is tried at: every combination, or one that changes nothing."""
+        return points(self.grids[arm])
 
     @property
     def trial_seeds(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -156,12 +157,18 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
         seconds = duration(sum(report.seconds.values()))
         arms.add_row(Text(name, "bold"), _loss(report), str(len(report.streams)), size, seconds)
     console.print(arms)
-    runs = counted(len(spec.seeds), "seed")
-    if spec.grid:
-        trials = f" x {spec.trials} trials" if spec.trials > 1 else ""
-        runs = f"({counted(len(spec.points), 'grid point')}{trials} + {runs})"
-    controls = ", plus three controls for each arm with one gate" if spec.controls else ""
-    console.print(f"  {counted(len(reports), 'arm')} x {runs}{controls}")
+    seeds = counted(len(spec.seeds), "seed")
+    trials = f" x {spec.trials} trials" if spec.trials > 1 else ""
+    alike = Counter(len(spec.points_of(arm)) if spec.grids[arm] else 0 for arm in reports)
+    for points, count in alike.items():
+        runs = f"({counted(points, 'grid point')}{trials} + {seeds})" if points else seeds
+        console.print(f"  {counted(count, 'arm')} x {runs}")
+    for arm in reports:
+        if lacks := [path for path in spec.grid if path not in spec.grids[arm]]:
+            tried = "it is tried at the others alone" if spec.grids[arm] else "it has no trials"
+            _indented(console, f"arm '{arm}' has no {', '.join(lacks)}: {tried}")
+    if spec.controls:
+        console.print("  plus three controls for each arm with one gate")
     cells = cells_by_arm(spec)
     times = [cells[name] * sum(report.seconds.values()) for name, report in reports.items()]
     total = f"{counted(sum(cells.values()), 'training')}, {duration(sum(times))}"

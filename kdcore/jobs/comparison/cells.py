@@ -146,10 +146,12 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def cells_by_arm(spec: CompareSpec) -> dict[str, int]:
     """The number of cells of each arm if none fails and no grid point changes the gates."""
-    trials = len(spec.points) * spec.trials if spec.grid else 0
-    arms = {name: changed(spec.base, arm) for name, arm in spec.arms.items()}
-    controls = {name: CONTROLS * _is_controlled(spec, arm) for name, arm in arms.items()}
-    return {name: trials + (1 + controls[name]) * len(spec.seeds) for name in arms}
+    found = {}
+    for name, arm in spec.arms.items():
+        trials = len(spec.points_of(name)) * spec.trials if spec.grids[name] else 0
+        controls = CONTROLS * _is_controlled(spec, changed(spec.base, arm))
+        found[name] = trials + (1 + controls) * len(spec.seeds)
+    return found
 
 
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:
@@ -228,13 +230,13 @@ def _makes_shared_files(data: Any) -> bool:
 
 
 def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:
-    """The trial cells of an arm, one per grid point and trial seed; none without a grid."""
-    if not spec.validation:
+    """The trial cells of an arm, one per grid point and trial seed; none if it has no choice."""
+    if not spec.validation or not spec.grids[arm]:
         return []
     rows = {"heldout": spec.validation.dump()}
     return [
         _cell(spec, run, arm, place, seed, rows, trial=True)
-        for place in range(len(spec.points))
+        for place in range(len(spec.points_of(arm)))
         for seed in spec.trial_seeds
     ]
 
@@ -249,7 +251,7 @@ def _cell(
     *,
     trial: bool = False,
 ) -> Cell:
-    at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points[point]))
+    at_point = changed(changed(spec.base, spec.arms[arm]), nested(spec.points_of(arm)[point]))
     rows = dict(data or {})
     responses = getattr(at_point.data, "responses", None)
     if isinstance(responses, KeptResponsesSpec):
@@ -259,14 +261,14 @@ def _cell(
 
 
 def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Path:
-    at = [f"point-{point}"] if spec.grid else []
+    at = [f"point-{point}"] if spec.grids[arm.partition("+")[0]] else []
     return run.path(CELLS, arm, *at, f"seed-{seed}")
 
 
 def best_point(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
     """The first grid point with the best mean over its trials; None when every point failed.
 
-    Without a grid there is only point 0.
+    Without trials there is only point 0.
     """
     if not trials:
         return 0
@@ -281,10 +283,10 @@ def best_point(spec: CompareSpec, trials: Sequence[Cell]) -> int | None:
 
 
 def trial_figures(spec: CompareSpec, trials: Sequence[Cell]) -> list[dict[str, float]]:
-    """The mean figures of each grid point over its trials; {} where a trial failed."""
+    """The mean figures of each grid point of an arm over its trials; {} where a trial failed."""
     found = [
         [cell.results().after for cell in trials if cell.point == point]
-        for point in range(len(spec.points))
+        for point in range(len(spec.points_of(trials[0].arm)))
     ]
     return [means_over(each) if all(each) else {} for each in found]
 

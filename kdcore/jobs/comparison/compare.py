@@ -357,11 +357,11 @@ def _with_choice(arm: Arm, spec: CompareSpec, trials: Sequence[Cell]) -> Arm:
     """Return the arm with its grid points, their figures and the chosen point."""
     if not trials:
         return arm
-    best = best_point(spec, trials)
+    best, points = best_point(spec, trials), spec.points_of(arm.arm)
     return replace(
         arm,
-        grid=[*map(GridPoint, spec.points, trial_figures(spec, trials))],
-        chosen=None if best is None else spec.points[best],
+        grid=[*map(GridPoint, points, trial_figures(spec, trials))],
+        chosen=None if best is None else points[best],
     )
 
 

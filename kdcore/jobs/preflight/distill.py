@@ -167,15 +167,14 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
     registry = registry or installed()
     Run(spec.run).refuse_foreign()
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
-    job, point = registry.job(spec.base.job), nested(spec.points[0])
+    job = registry.job(spec.base.job)
     reports: dict[str, Any] = {}
     if job.preflight is None:
         return reports
     for arm, changes in spec.arms.items():
         try:
-            reports[arm] = job.look_ahead(
-                changed(changed(spec.base, changes), point), registry=registry
-            )
+            at_first = changed(changed(spec.base, changes), nested(spec.points_of(arm)[0]))
+            reports[arm] = job.look_ahead(at_first, registry=registry)
         except UserError as wrong:
             raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
     if spec.validation:

@@ -136,6 +136,34 @@ def test_each_arm_is_compared_at_the_point_that_other_rows_chose(
     assert "torn: every grid point failed" in said
 
 
+def test_an_arm_without_the_field_of_a_grid_runs_once_a_seed(
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., Any]
+) -> None:
+    """The others choose, and check says who does not."""
+    gated = {"method": {"gates": ["speckd"]}, "evaluation": {"samples": 0}}
+    write_lines(tmp_path / "other.jsonl", [{"prompt": "the cat", "response": "sat"}] * 2)
+    file = asked(
+        tmp_path,
+        base | gated | {"training": base["training"] | {"steps": 1}},
+        arms={"none": {"method": {"gates": []}}, "gated": {}},
+        seeds=[0],
+        grid={"method.gates.0.k": [5]},
+        validation={"name": "chat", "path": str(tmp_path / "other.jsonl")},
+        controls=True,
+        draws=20,
+    )
+    checked = " ".join(kdcore("check", file).stdout.split())
+    assert "arm 'none' has no method.gates.0.k: it has no trials" in checked
+    assert "1 arm x 1 seed 1 arm x (1 grid point + 1 seed)" in checked
+    run = compare(compare_spec(file))
+    outcome = run.read_json("comparison.json")
+    none, chosen, *controls = outcome["arms"]
+    assert "grid" not in none and none["figures"] and len(chosen["grid"]) == 1
+    assert chosen["chosen"] == {"method.gates.0.k": 5} and len(controls) == 3
+    assert run.path("cells/none/seed-0/results.json").is_file()
+    assert "none:" not in shown(outcome, "teacher_kl"), "it did not choose"
+
+
 TORN = {"layers": [0, 99]}
 
 

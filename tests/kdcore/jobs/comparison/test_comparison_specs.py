@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from kdcore.errors import UserError
+from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.changes import changed, nested
@@ -109,7 +110,7 @@ def test_a_grid_reaches_into_lists(tmp_path: Path, base: dict[str, Any]) -> None
     made = {
         arm: [
             changed(changed(spec.base, changes), nested(point)).method.gates
-            for point in spec.points
+            for point in spec.points_of(arm)
         ]
         for arm, changes in spec.arms.items()
     }
@@ -135,8 +136,7 @@ def test_a_grid_reaches_into_lists(tmp_path: Path, base: dict[str, Any]) -> None
     [
         (["all", {"name": "speckd", "k": 3}], "arm 'b' sets method.gates.1.k, which the grid sets"),
         ({1: {"k": 3}}, "arm 'b' sets method.gates.1.k, which the grid sets"),
-        ([], "base has the fields method.gates.1.k, but arm 'b' does not"),
-        (["all", "entropy"], "base has the fields method.gates.1.k, but arm 'b' does not"),
+        (["all", {"name": "speckd", "beta": 3}], "beta"),
     ],
 )
 def test_an_arm_that_a_grid_does_not_suit_is_named(
@@ -147,6 +147,42 @@ def test_an_arm_that_a_grid_does_not_suit_is_named(
     file = asked(tmp_path, gated, arms=arms, grid={"method.gates.1.k": [1, 5]}, validation=OTHER)
     with pytest.raises(UserError, match=said):
         read_spec(file)
+
+
+def test_a_grid_leaves_out_the_arms_that_lack_its_field(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Each takes the combinations of the fields that it has, each combination once."""
+    gated = base | {"method": {"gates": ["entropy", "speckd"]}}
+    none: dict[str, Any] = {"method": {"gates": []}}
+    other = {"method": {"gates": ["all", "entropy"]}}
+    arms = {"none": none, "gated": {}, "other": other}
+    k = {"method.gates.1.k": [1, 5]}
+    rates = {"training.learning_rate": [1e-3, 1e-2, 1e-1]}
+    spec = compare_spec(asked(tmp_path, gated, arms=arms, grid=k | rates, validation=OTHER))
+    assert spec.points_of("none") == spec.points_of("other")
+    assert spec.points_of("none") == [{"training.learning_rate": r} for r in (1e-3, 1e-2, 1e-1)]
+    assert len(spec.points_of("gated")) == 6
+    spec = compare_spec(asked(tmp_path, gated, arms=arms, grid=k, validation=OTHER, trials=2))
+    assert spec.points_of("none") == [{}] and spec.points_of("gated") == [
+        {"method.gates.1.k": 1},
+        {"method.gates.1.k": 5},
+    ]
+    assert cells_by_arm(spec) == {"none": 3, "gated": 4 + 3, "other": 3}
+
+
+def test_a_parameter_of_a_component_that_the_grid_names(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Whichever stands first in the grid; and beside a component without it, it is refused."""
+    fields = {"method.divergence.alpha": [0.1, 0.2], "method.divergence.name": ["skew_kl"]}
+    for order in (fields, dict(reversed(fields.items()))):
+        file = asked(tmp_path, base, arms={"kd": {}}, grid=order, validation=OTHER)
+        assert len(compare_spec(file).points_of("kd")) == 2
+        names = {"method.divergence.name": ["skew_kl", "forward_kl"]}
+        file = asked(tmp_path, base, arms={"kd": {}}, grid=order | names, validation=OTHER)
+        with pytest.raises(UserError, match="unknown key"):
+            read_spec(file)
 
 
 @pytest.mark.parametrize(
