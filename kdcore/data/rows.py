@@ -124,8 +124,8 @@ def encode_rows(
         progress.note(f"{some.number} of {counted(summary.examples, 'row')}: {note}: {some}")
     if summary.left_out.number:
         progress.note(
-            f"left out {counted(summary.left_out.number, 'conversation')} without a prompt and its "
-            f"response: {summary.left_out}"
+            f"left out {counted(summary.left_out.number, 'row')} without a response or a label: "
+            f"{summary.left_out}"
         )
     if not len(rows):
         raise UserError(

@@ -10,6 +10,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.model import generate, room
 from kdcore.data.templates.mask import prompt_ids
+from kdcore.data.templates.thoughts import answer_of, thoughts_of
 from kdcore.decoding.engines.protocols import Engine
 from kdcore.evaluation.scores import Scores
 from kdcore.models.loading.loaded import LoadedModel
@@ -44,15 +45,38 @@ def answers(
             this with the same arguments.
 
     Returns:
-        The answers, in order, in every process.
+        The answers with their thoughts, in order, in every process.
 
     Raises:
         UserError: The tokenizer lacks a chat template, or its template rejects a prompt.
     """
-    model: Any = loaded.model
+    size = batch_size, max_new_tokens
     tokenizer: Any = loaded.tokenizer
+    return [
+        _trimmed(str(tokenizer.decode(ids, skip_special_tokens=True)))
+        for ids in _generated(prompts, loaded, progress, title, size, engine, ranks)
+    ]
+
+
+def _trimmed(text: str) -> str:
+    """An answer without blank lines around it; the blanks of its first line may indent code."""
+    return re.sub(r"\A\s*\n", "", text).rstrip()
+
+
+def _generated(
+    prompts: Sequence[Conversation],
+    loaded: LoadedModel,
+    progress: Progress,
+    title: str,
+    size: tuple[int, int],
+    engine: Engine | None,
+    ranks: Ranks,
+) -> list[Sequence[int]]:
+    """The tokens of the answers, see `answers`. ``size``: prompts per batch, and new tokens."""
+    batch_size, max_new_tokens = size
+    model: Any = loaded.model
     spec = GenerationSpec.model_validate({"max_new_tokens": max_new_tokens})
-    asked = [prompt_ids(conversation, tokenizer) for conversation in prompts]
+    asked = [prompt_ids(conversation, loaded.tokenizer) for conversation in prompts]
     fits = [len(ids) <= room(loaded, spec) for ids in asked]
     if not all(fits):
         progress.note(
@@ -63,20 +87,17 @@ def answers(
     order = sorted((n for n, fit in enumerate(fits) if fit), key=lambda n: -len(asked[n]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = ranks.share(batches)
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, Sequence[int]]] = []
     training = model.training
     model.eval()
     with progress.stage(title, sum(map(len, own))) as stage:
         for places in own:
             made = generate([asked[place] for place in places], loaded, spec, engine=engine)
-            for place, ids in zip(places, made, strict=True):
-                text = str(tokenizer.decode(ids, skip_special_tokens=True))
-                # the blanks of the first line may indent a program
-                found.append((place, re.sub(r"\A\s*\n", "", text).rstrip()))
+            found += zip(places, made, strict=True)
             stage.advance(len(places))
     model.train(training)
     by_place = dict(ranks.gathered(found))
-    return [by_place.get(place, "") for place in range(len(prompts))]
+    return [by_place.get(place, ()) for place in range(len(prompts))]
 
 
 def question(prompt: Conversation) -> str:
@@ -92,7 +113,7 @@ def judged(
     engine: Engine | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, list[float]]:
-    """Answer the prompts of scores, and score the answers.
+    """Answer the prompts of scores, and score the answers without their thoughts.
 
     Args:
         scores: The scores with their prompts.
@@ -107,16 +128,18 @@ def judged(
     """
     if not scores.of:
         return {}
-    size, tokens = spec.batch_size, spec.answer_tokens
-    title = "answers to score"
-    said = answers(
-        scores.prompts,
-        loaded,
-        progress,
-        title,
-        batch_size=size,
-        max_new_tokens=tokens,
-        engine=engine,
-        ranks=ranks,
-    )
-    return scores(said)
+    size = spec.batch_size, spec.answer_tokens
+    tokenizer = loaded.tokenizer
+    made = _generated(scores.prompts, loaded, progress, "answers to score", size, engine, ranks)
+    said = [
+        answer_of(ids, thoughts_of(prompt, tokenizer), tokenizer)
+        for prompt, ids in zip(scores.prompts, made, strict=True)
+    ]
+    thoughts = [thought for _, thought in said if thought is not False]
+    if thoughts:
+        cut = thoughts.count(None)
+        progress.note(
+            f"{len(thoughts)} of {len(said)} answers have a thought, and the scores read what "
+            "follows it" + (f"; {cut} end within it and count as empty" if cut else "")
+        )
+    return scores([_trimmed(text) for text, _ in said], progress)

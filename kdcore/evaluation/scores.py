@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from kdcore.components.choice import Choice
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.score import Answered, AnswerScore
+from kdcore.data.templates.thoughts import PLAIN
 from kdcore.errors import UserError, in_field
+from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Metric
 
 
@@ -80,11 +82,14 @@ class Scores:
             for name, score in self.of.items()
         ]
 
-    def __call__(self, said: Sequence[str]) -> dict[str, list[float]]:
+    def __call__(
+        self, said: Sequence[str], progress: Progress | None = None
+    ) -> dict[str, list[float]]:
         """Score the answers to the prompts.
 
         Args:
             said: One answer for each prompt, in order.
+            progress: The display of the scores that give their values one by one (default: none).
 
         Returns:
             Score -> its value for each answer.
@@ -97,12 +102,23 @@ class Scores:
             for prompt, answer in zip(self.prompts, said, strict=True)
         ]
         return self.ranks.by_main(
-            lambda: {name: _values(name, score, answered) for name, score in self.of.items()}
+            lambda: {
+                name: _values(name, score, answered, progress or Silent())
+                for name, score in self.of.items()
+            }
         )
 
 
-def _values(name: str, score: AnswerScore, answered: Sequence[Answered]) -> list[float]:
-    values = [float(value) for value in score(answered)]
+def _values(
+    name: str, score: AnswerScore, answered: Sequence[Answered], progress: Progress
+) -> list[float]:
+    given = score(answered)
+    values = []
+    shown = progress if isinstance(given, Iterator) else Silent()  # a list is complete already
+    with shown.stage(f"{name} of the answers", len(answered)) as stage:
+        for value in given:
+            values.append(float(value))
+            stage.advance()
     if len(values) != len(answered) or not all(map(math.isfinite, values)):
         raise UserError(
             f"score '{name}' gave {len(values)} values for {len(answered)} answers, or a value "
@@ -127,10 +143,12 @@ def _example(example: Any) -> Answered:
             f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
             "add the correct response to each held-out row, or remove evaluation.answers",
         )
-    if not last.content.strip():
+    reference = PLAIN.answer_in(last.content) or ""
+    if not reference.strip():
         raise UserError(
             f"evaluation.answers compares texts, and the last response of {example.id} has none",
-            "leave out held-out rows that end with a tool call, or remove evaluation.answers",
+            "leave out held-out rows that end with a tool call or a thought, or remove "
+            "evaluation.answers",
         )
     turns = tuple({"role": turn.role, "content": turn.content} for turn in before)
-    return Answered(example.id, turns, "", last.content, example.kept)
+    return Answered(example.id, turns, "", reference, example.kept)

@@ -81,7 +81,7 @@ class ScoreSuite(Suite):
         turns = tuple(dict(turn) for turn in asked.turns)
         copy = replace(asked, turns=turns, fields=dict(asked.fields))
         component.check(asked)
-        component([asked])
+        list(component([asked]))
         assert asked == copy, "changed the example"
 
     def test_its_figure_can_be_shown(self) -> None:
@@ -99,4 +99,4 @@ class ScoreSuite(Suite):
     def observe(self, component: Any, step: int) -> list[Tensor]:
         """Score an answer."""
         answers = [self.example((self.right, self.wrong)[step % 2])]
-        return [torch.tensor(component(answers), dtype=torch.float64)]
+        return [torch.tensor([*component(answers)], dtype=torch.float64)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,8 +14,9 @@ class Answered:
     Attributes:
         id: Name of the example in messages.
         turns: The turns before the answer as ``{"role": ..., "content": ...}``, the question last.
-        answer: The model's answer; empty while the example alone is checked.
-        reference: The last response of the example.
+        answer: The model's answer without its thought; empty while the example alone is checked,
+            and if the thought does not end.
+        reference: The last response of the example, without a thought in its content.
         fields: Further fields of the row, those that its source keeps.
     """
 
@@ -50,12 +51,13 @@ class AnswerScore(Protocol):
             UserError: Answers to this example cannot be scored.
         """
 
-    def __call__(self, answers: Sequence[Answered]) -> Sequence[float]:
+    def __call__(self, answers: Sequence[Answered]) -> Iterable[float]:
         """Score each answer, independent of the others.
 
         Args:
             answers: Answers to examples that passed ``check``; empty and senseless ones too.
 
         Returns:
-            One finite value for each answer, in order.
+            One finite value for each answer, in order. An iterator, which gives one after the
+            other, has its progress shown.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,23 +46,26 @@ class WinRate:
     def check(self, example: Answered) -> None:
         """Accept any example."""
 
-    def __call__(self, answers: Sequence[Answered]) -> list[float]:
+    def __call__(self, answers: Sequence[Answered]) -> Iterator[float]:
         requests = [
             partial(self._ask, place, answered, first)
             for place, answered in enumerate(answers)
             for first in (True, False)
         ]
-        found, read = [0.0] * len(answers), 0
+        found: list[list[float]] = [[] for _ in answers]
+        read = given = 0
         for place, value in self._client.each(requests, self._params.at_once):
-            found[place] += (0.5 if value is None else value) / 2
+            found[place].append(0.5 if value is None else value)
             read += value is not None
+            while given < len(found) and len(found[given]) == 2:
+                yield sum(found[given]) / 2
+                given += 1
         if 2 * read < len(requests):  # ties by default would hide what the judge thinks
             raise UserError(
                 f"the judge {self._params.judge.model} gives a verdict in {read} of "
                 f"{len(requests)} responses",
                 "choose a model that follows instructions, or raise max_new_tokens of win_rate",
             )
-        return found
 
     async def _ask(
         self, place: int, answered: Answered, first: bool, client: openai.AsyncOpenAI

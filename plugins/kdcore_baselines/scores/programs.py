@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kdcore import Answered, BuildContext, UserError, by_keywords
@@ -48,8 +48,8 @@ class PassAtOne:
                 "pass_at_1 from evaluation.answers",
             ) from fault
 
-    def __call__(self, answers: Sequence[Answered]) -> list[float]:
-        return [float(passes(self._program(each), self._limits)) for each in answers]
+    def __call__(self, answers: Sequence[Answered]) -> Iterator[float]:
+        return (float(passes(self._program(each), self._limits)) for each in answers)
 
     def _program(self, answered: Answered) -> str:
         name = self._name(answered)

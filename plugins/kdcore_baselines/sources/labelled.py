@@ -44,18 +44,29 @@ class LabelledSource:
     """Source of labelled texts, whose ``classes`` and ``multi_label`` the subclass sets.
 
     A text is read from the data when it is asked for, so that millions of them need no memory.
+
+    Attributes:
+        left_out: The places of the rows without a label that the last `read` left out.
     """
 
     model_class = "AutoModelForSequenceClassification"
     params: Any
     classes: Sequence[str]
     multi_label = False
+    left_out: Sequence[str] = ()
 
     def read(self) -> Examples[Any]:
-        numbers: dict[tuple[str, ...], int] = {}
-        of_row = array("q", (numbers.setdefault(each, len(numbers)) for each in self.labels()))
-        sets = list(numbers)
-        chosen = array("q", stratified(of_row, *self.params.part)[: self.params.limit])
+        numbers: dict[tuple[str, ...] | None, int] = {None: -1}
+        of_row = array("q", (numbers.setdefault(each, len(numbers) - 1) for each in self.labels()))
+        sets = [each for each in numbers if each is not None]
+        rows = [row for row in stratified(of_row, *self.params.part) if of_row[row] >= 0]
+        chosen = array("q", rows[: self.params.limit])
+        self.left_out = [self.place(row) for row, number in enumerate(of_row) if number < 0]
+        if self.left_out and not chosen:
+            raise UserError(
+                f"none of the {len(of_row):,} rows of {self.params.path} has a label",
+                "choose a split with labels",
+            )
         known = frozenset(self.classes)
         for row in chosen:
             if not known.issuperset(sets[of_row[row]]):
@@ -103,8 +114,12 @@ class LabelledSource:
         """The name of the data that the classes come from."""
         raise NotImplementedError
 
-    def labels(self) -> Iterator[tuple[str, ...]]:
-        """Yield the labels of each row, all of which are checked."""
+    def labels(self) -> Iterator[tuple[str, ...] | None]:
+        """Yield the labels of each row, all of which are checked; None for a row to leave out."""
+        raise NotImplementedError
+
+    def place(self, row: int) -> str:
+        """The name of a row, by its number from 0, in messages."""
         raise NotImplementedError
 
     def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
@@ -141,17 +156,20 @@ class LabelledTextSource(LabelledSource):
             self._places.extend((record.start, record.end, record.line))
             yield labels
 
+    def place(self, row: int) -> str:
+        return f"{self.params.path.name}:{self._places[3 * row + 2]}"
+
     def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, str]]:
         path = self.params.path
         column = next(_records(path)).fields.index(self.params.text)
         delimiter = _delimiter(path)
         with path.open("rb") as file:
             for row in rows:
-                start, end, line = self._places[3 * row : 3 * row + 3]
+                start, end, _ = self._places[3 * row : 3 * row + 3]
                 file.seek(start)
                 text = _lines_alike(file.read(end - start).decode("utf-8"))
                 records = csv.reader(io.StringIO(text), delimiter=delimiter)
-                yield f"{path.name}:{line}", next(each for each in records if each)[column]
+                yield self.place(row), next(each for each in records if each)[column]
 
     def _rows(self, path: Path) -> Iterator[tuple[_Record, tuple[str, ...]]]:
         """Yield record and labels of each row of a file, which is checked."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -48,14 +53,7 @@ def test_the_indentation_of_an_answer_is_kept() -> None:
 
 
 def test_a_prompt_without_room_is_answered_with_nothing_and_told() -> None:
-    class Heard(Silent):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def note(self, line: str) -> None:
-            self.lines.append(line)
-
-    heard = Heard()
+    heard = Watched()
     asked = [conversation("x" * 600, "right"), conversation("the mat", "right")]
     found = answers(asked, tiny_model("gpt2"), heard, "any", batch_size=2, max_new_tokens=6)
     assert found[0] == "" and len(found) == 2
@@ -81,7 +79,62 @@ def test_scores_are_of_each_example() -> None:
     assert judged(scores(asked), model, spec, Silent()) == {}
 
 
+class Watched(Silent):
+    """Keeps the notes, and the stages with their steps."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.stages: dict[str, int] = {}
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Any]:
+        self.stages[name] = 0
+
+        def advance(steps: int = 1, **_: float) -> None:
+            self.stages[name] += steps
+
+        yield SimpleNamespace(advance=advance)
+
+
+def test_scores_read_what_follows_a_thought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that ends within its thought is empty, and references have no thought either."""
+    model = tiny_model()
+    said = ["<think>18</think>\n\n#### 17", "<think>#### 17", "#### 17"]
+    ids = [model.tokenizer(text)["input_ids"] for text in said]
+    monkeypatch.setattr("kdcore.evaluation.answers.generate", lambda *_, **__: ids)
+    asked = [
+        conversation("the mat", "<think>16</think>#### 17", id=str(n)) for n in range(len(said))
+    ]
+    spec = EvaluationSpec(answer_tokens=6, batch_size=3)
+    watched = Watched()
+    found = judged(scores(asked, "exact_match", "rouge_l"), model, spec, watched)
+    assert found["exact_match"] == [1.0, 0.0, 1.0] == found["rouge_l"]
+    assert watched.lines == [
+        "2 of 3 answers have a thought, and the scores read what follows it; 1 end within it and "
+        "count as empty"
+    ]
+    assert answers(asked, model, Silent(), "any", batch_size=3, max_new_tokens=6) == said
+
+
+def test_a_slow_score_shows_its_progress() -> None:
+    class Slow:
+        def check(self, example: Answered) -> None: ...
+
+        def __call__(self, answered: list[Answered]) -> Iterator[float]:
+            return (1.0 for _ in answered)
+
+    watched = Watched()
+    asked = [conversation("a", "one")] * 2
+    assert Scores({"slow": Slow()}, asked)(["b", "c"], watched) == {"slow": [1.0, 1.0]}
+    assert watched.stages == {"slow of the answers": 2}
+
+
 def test_what_cannot_be_judged_is_refused() -> None:
+    with pytest.raises(UserError, match="the last response of row has none"):
+        scores([conversation("a", "<think>one")], "rouge_l")
     with pytest.raises(UserError, match="needs a reference answer, and row lacks a response"):
         scores([conversation("a", "1", "b")], "rouge_l", "exact_match")
     with pytest.raises(UserError, match="the response of row does not contain a number"):

@@ -228,11 +228,11 @@ def test_programs_of_humaneval_and_mbpp() -> None:
         )
     ]
     score.check(rows[0])
-    assert score(rows) == [1.0, 0.0, 1.0, 0.0]
+    assert [*score(rows)] == [1.0, 0.0, 1.0, 0.0]
     listed = PassAtOne(run_code=True, tests="test_list")
     row = answered("def twice(n): return 2 * n", "", test_list=["assert twice(1) == 2"] * 2)
     listed.check(row)
-    assert listed([row]) == [1.0]
+    assert [*listed([row])] == [1.0]
     assert code_in("```\na\n```\nthen ```py\nb\n```") == "b\n" and code_in("a") == "a"
 
 
@@ -244,9 +244,10 @@ def test_an_example_of_a_call_behind_a_program_is_not_its_code() -> None:
         answered(said, "", "Write it.", test=tests, entry_point="twice"),
         answered(said + "```\ndef other(): pass\n```", "", "", test=tests, entry_point="twice"),
     ):
-        assert PassAtOne(run_code=True, tests="test", entry_point="entry_point")([row]) == [1.0]
+        score = PassAtOne(run_code=True, tests="test", entry_point="entry_point")
+        assert [*score([row])] == [1.0]
     row = answered(said, "assert twice(1) == 2")
-    assert PassAtOne(run_code=True)([row]) == [1.0]
+    assert [*PassAtOne(run_code=True)([row])] == [1.0]
     assert code_in("```\n    return 2 * n\n```") == "    return 2 * n\n", "completes a prompt"
 
 
@@ -289,7 +290,7 @@ def test_what_is_not_a_test_or_not_consented_to_is_refused() -> None:
 def test_a_judge_is_asked_in_both_orders(say: Any, value: float) -> None:
     with served(Endpoint(tiny_model(), instead=lambda text: completion(say(text)))) as running:
         judge: ClassVar[Any] = {"endpoint": running.url, "model": "tiny-chat"}
-        assert WinRate(judge=judge)([answered("mine", "yours", "why?")]) == [value]
+        assert [*WinRate(judge=judge)([answered("mine", "yours", "why?")])] == [value]
     asked = [body["messages"][-1]["content"] for body in running.asked]
     assert len(asked) == 2 and all("[user]\nwhy?" in text for text in asked)
     assert {text.index("mine") < text.index("yours") for text in asked} == {True, False}
@@ -303,7 +304,7 @@ def test_a_pair_without_a_verdict_is_a_tie() -> None:
         judges = iter([said, completion("<think>[[A]] or [[B]]</think>\n**[[C]]**")] * 2)
         with served(Endpoint(tiny_model(), instead=lambda text, j=judges: next(j))) as running:
             judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
-            assert WinRate(judge=judge)([answered("mine", "yours")] * 2) == [0.5, 0.5]
+            assert [*WinRate(judge=judge)([answered("mine", "yours")] * 2)] == [0.5, 0.5]
 
 
 def test_a_judge_that_limits_its_rate_is_asked_when_it_says() -> None:
@@ -314,10 +315,10 @@ def test_a_judge_that_limits_its_rate_is_asked_when_it_says() -> None:
     instead = lambda text: next(answers, completion("[[C]]"))  # noqa: E731
     with served(Endpoint(tiny_model(), instead=instead)) as running:
         judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
-        assert WinRate(judge=judge)([answered("mine", "yours")]) == [0.5]
+        assert [*WinRate(judge=judge)([answered("mine", "yours")])] == [0.5]
         answers = iter([busy] * 10**6)
         with pytest.raises(UserError, match="received too many requests at once"):
-            WinRate(judge=judge | {"timeout": 0.2})([answered("mine", "yours")])
+            [*WinRate(judge=judge | {"timeout": 0.2})([answered("mine", "yours")])]
 
 
 def test_a_judge_without_a_verdict_is_refused() -> None:
@@ -325,4 +326,4 @@ def test_a_judge_without_a_verdict_is_refused() -> None:
     with served(Endpoint(tiny_model(), instead=lambda text: completion(next(said)))) as running:
         judge: Any = {"endpoint": running.url, "model": "tiny-chat"}
         with pytest.raises(UserError, match="gives a verdict in 1 of 4 responses"):
-            WinRate(judge=judge)([answered("mine", "yours")] * 2)
+            [*WinRate(judge=judge)([answered("mine", "yours")] * 2)]

@@ -184,6 +184,36 @@ def test_labels_have_the_names_that_the_column_declares(tmp_path: Path) -> None:
     assert [(each.text, each.labels) for each in found.read()] == [("one", (1,)), ("two", (0,))]
 
 
+def test_a_row_of_the_label_minus_one_is_left_out_beside_named_classes(tmp_path: Path) -> None:
+    """It is no class, and the rows of a test split may all have it."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
+    rows = {"text": list("abcd"), "label": [-1, 1, -1, 0]}
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    found = source("labelled_dataset", path=tmp_path / "rows.parquet")
+    assert [(each.text, each.labels) for each in found.read()] == [("b", (1,)), ("d", (0,))]
+    assert found.left_out == ["rows.parquet:1", "rows.parquet:3"]
+    part = source("labelled_dataset", path=tmp_path / "rows.parquet", limit=1)
+    assert [each.text for each in part.read()] == ["b"]
+    hidden = {"text": list("ab"), "label": [-1, -1]}
+    Dataset.from_dict(hidden, features).to_parquet(tmp_path / "hidden.parquet")
+    said = cause("labelled_dataset", path=tmp_path / "hidden.parquet")
+    assert said[0].startswith("none of the 2 rows of ") and "choose a split" in said[1]
+    stream = source("labelled_dataset", path=tmp_path / "rows.parquet", streaming=True)
+    with pytest.raises(UserError, match="has the label -1, which stands for no class"):
+        next(iter(stream.stream()))
+
+
+def test_minus_one_among_integers_is_refused(tmp_path: Path) -> None:
+    """It may be a class or stand for none: only the user knows."""
+    Dataset.from_dict({"text": list("ab"), "label": [0, -1]}).to_parquet(tmp_path / "rows.parquet")
+    said = cause("labelled_dataset", path=tmp_path / "rows.parquet")
+    assert said[0] == "rows.parquet:2 has the label -1, which stands for no label in many data sets"
+    assert "write the labels as text" in said[1]
+    texts = {"text": list("ab"), "label": ["0", "-1"]}
+    Dataset.from_dict(texts).to_parquet(tmp_path / "texts.parquet")
+    assert source("labelled_dataset", path=tmp_path / "texts.parquet").classes == ["-1", "0"]
+
+
 def test_a_column_of_lists_gives_a_row_any_number_of_labels(tmp_path: Path) -> None:
     named = Features({"text": Value("string"), "label": List(ClassLabel(names=["wet", "calm"]))})
     rows: dict[str, Any] = {"text": ["one", "two"], "label": [[1, 0], []]}

@@ -51,6 +51,9 @@ from kdcore_baselines.sources.labelled import (
 
 datasets: Any = import_early("datasets")
 
+UNLABELLED = -1
+"""The label of rows whose label is hidden, as in test splits, or on which annotators disagree."""
+
 FIRST = 32
 """Number of the first rows of a stream, which tell its columns."""
 
@@ -141,7 +144,7 @@ class LabelledDatasetSource(LabelledSource):
                 "limit",
             )
         self.classes = self._names or _sorted(
-            {each for labels in self._labels(self._of_classes()) for each in labels}
+            {each for labels in self._labels(self._of_classes()) for each in labels or ()}
         )
 
     @property
@@ -173,7 +176,7 @@ class LabelledDatasetSource(LabelledSource):
         """An example of a row of a stream, of its content and the indices of its classes."""
         return self.example(place, content, labels)
 
-    def labels(self) -> Iterator[tuple[str, ...]]:
+    def labels(self) -> Iterator[tuple[str, ...] | None]:
         return self._labels(self._data)
 
     def contents(self, rows: Sequence[int]) -> Iterator[tuple[str, Any]]:
@@ -212,11 +215,13 @@ class LabelledDatasetSource(LabelledSource):
         params = self.params.model_copy(update={"split": split})
         return load(params) if params.endless else self._loaded(params)
 
-    def _labels(self, data: Any) -> Iterator[tuple[str, ...]]:
-        """Yield the labels of each row, which is checked."""
+    def _labels(self, data: Any) -> Iterator[tuple[str, ...] | None]:
+        """Yield the labels of each row, which is checked; None for -1 beside named classes."""
+        named = self._names is not None and not self.multi_label
         for place, row in placed(self._checked_columns(data), self.params):
             self._check(row, place)
-            yield self._labels_of(row, place)
+            none = named and row[self.params.label] == UNLABELLED
+            yield None if none else self._labels_of(row, place)
 
     def _labels_of(self, row: dict[str, Any], place: str) -> tuple[str, ...]:
         """The labels of a row."""
@@ -228,12 +233,19 @@ class LabelledDatasetSource(LabelledSource):
     def _named(self, label: Any, place: str) -> Any:
         """The name of a label."""
         if self._names is not None and label is not None:
-            if not 0 <= label < len(self._names):  # hidden labels of a test split
+            if not 0 <= label < len(self._names):
                 raise UserError(
                     f"{place} has the label {label}, which stands for no class",
-                    "choose a split with labels",
+                    "choose a split with labels, or read it without streaming, which leaves out "
+                    "rows of the label -1",
                 )
             return self._names[label]
+        if label == UNLABELLED and isinstance(label, int):
+            raise UserError(
+                f"{place} has the label {label}, which stands for no label in many data sets",
+                "choose a split with labels, or remove such rows; if it is a class of yours, write "
+                "the labels as text, e.g. 'negative'",
+            )
         return str(label) if isinstance(label, int) else label
 
 

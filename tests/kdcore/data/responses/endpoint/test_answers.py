@@ -344,7 +344,7 @@ def test_a_response_that_is_wrong_huge_or_endless_ends_in_one_line(
             lambda: respond(ASKED[:1], EndpointAnswers(spec, SETTINGS), tmp_path / "r", Silent()),
             cause,
         ),
-        (lambda: WinRate(judge=spec)(JUDGED), "gives a verdict in 0 of" if unread else cause),
+        (lambda: list(WinRate(judge=spec)(JUDGED)), "gives a verdict in 0 of" if unread else cause),
     ):
         with pytest.raises(UserError) as raised:
             ask_it()
@@ -375,7 +375,7 @@ def test_a_redirect_carries_no_conversation_to_another_server(
         wrong = complaint(endpoint.url, tmp_path)
         assert wrong.cause.endswith("redirects to another server: http://127.0.0.1")
         with pytest.raises(UserError, match="redirects to another server"):
-            WinRate(judge=EndpointSpec(endpoint=endpoint.url, model="tiny-chat"))(JUDGED)
+            list(WinRate(judge=EndpointSpec(endpoint=endpoint.url, model="tiny-chat"))(JUDGED))
         assert other.asked == []
     here = iter([RedirectResponse(f"{endpoint.url}/chat/completions?again", 307)])
     endpoint.instead = lambda text: next(here, None)
