@@ -32,6 +32,7 @@ from kdcore.data.templates.changed_messages import (
     without_calls,
 )
 from kdcore.data.templates.notes import (
+    NO_END,
     NO_PROMPT,
     NOT_AS_GENERATED,
     NOT_WHOLE,
@@ -272,6 +273,7 @@ class _Rendering:
         shown = self.text[start : max(said, end)]
         missing = lost(message, shown, self._template)
         if not message.tokens:
+            missing += (NO_END,) if close is None and message.ended and message.learned else ()
             calls = message.fields.get("tool_calls") and not names(self._template, "tool_calls")
             printed = not calls and NOT_WHOLE.format("tool_calls") not in missing
             return Response(start, end, message.learned and printed, notes=missing)

@@ -24,6 +24,10 @@ NOT_AS_GENERATED = (
 OPENING_AS_END = (
     "the chat template does not end the last response; {}, which begins the next turn, ends it"
 )
+NO_END = (
+    "the chat template marks a response and puts no end token after it, so the student does not "
+    "learn to stop; print eos_token within the marks"
+)
 NO_PROMPT = (
     "it begins with a response, which is learned without a prompt; tidy: true in the source leaves "
     "it out"

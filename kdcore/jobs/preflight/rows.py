@@ -15,7 +15,7 @@ from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.responses.file import questions_of
 from kdcore.data.rows import padding_share, refuse_long_stream
 from kdcore.data.source import DataSource
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.method.records import Row
 from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
 from kdcore.models.loading.loaded import LoadedModel
@@ -149,6 +149,9 @@ def judge(
         refuse_long_stream(limit, models)
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
     notes: dict[str, str] = {}
+    if left_out := getattr(source, "left_out", ()):
+        without = f"{counted(len(left_out), 'row')} without a response or a label left out"
+        notes[without] = left_out[0]
     judged = [
         _judged(source, examples[place], spec, tokenizer, contexts, notes) for place in places
     ]

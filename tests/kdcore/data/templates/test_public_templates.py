@@ -9,6 +9,7 @@ import pytest
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.mask import digest_of, encode, prompt_ids
 from kdcore.data.templates.notes import (
+    NO_END,
     NO_PROMPT,
     NOT_AS_GENERATED,
     NOT_READ,
@@ -154,6 +155,24 @@ def test_tools_and_other_fields_reach_the_template() -> None:
     assert '"name": "look"' in tokenizer.decode(prompt_ids(conversation, tokenizer))
     text, notes = encoded("olmo", user("one"), said("first", fields={"mood": "glad"}))
     assert text == "first<|endoftext|>" and notes == (NOT_READ.format("'mood'"),)
+
+
+def test_marks_without_an_end_token_say_so() -> None:
+    """As LLaVA's, which mark the words of a response alone, in a list of parts."""
+    template = (
+        "{% for m in messages %}{{ m.role.upper() + ': ' }}{% for part in m.content %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ part.text + ' ' }}{% endgeneration %}"
+        "{% else %}{{ part.text + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    )
+    tokenizer = Family(template, ("</s>",), "</s>").tokenizer()
+    row = encode(Conversation("x", TWO), tokenizer, 4096)
+    assert learned(row, tokenizer) == "first second " and row.notes == (NO_END,)
+    tokenizer.chat_template = template.replace(
+        "part.text + ' ' }}{% end", "part.text + '</s>' }}{% end", 1
+    )
+    row = encode(Conversation("x", TWO), tokenizer, 4096)
+    assert learned(row, tokenizer) == "first</s>second</s>" and not row.notes
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
