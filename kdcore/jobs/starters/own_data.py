@@ -215,8 +215,13 @@ def _findings(
     for message in rows[0].messages[:SHOWN]:
         text = " ".join(message.content.split()) or _called(message)
         yield f"    {message.role}: {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
+    unread = dict.fromkeys(name for row in rows for name in row.unread)
+    if unread:
+        yield f"  not read: the fields {', '.join(unread)}"
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:
+        if unread:
+            yield "  if one of them is the response, name it in the source: response: FIELD"
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
