@@ -16,6 +16,12 @@ from kdcore.data.templates.rendering import REASONING, render, special_tokens, t
 from kdcore.errors import UserError
 
 _CONTENT, _THOUGHT = "kdcore", "kdthought"
+_ASKED = Message("user", "a")
+_CALL = {"type": "function", "function": {"name": "look", "arguments": {"a": "b"}}}
+_THINKING = (
+    Message("assistant", _CONTENT, fields={REASONING[0]: _THOUGHT}),
+    Message("assistant", "", fields={REASONING[0]: _THOUGHT, "tool_calls": [_CALL]}),
+)
 _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
 
 
@@ -85,29 +91,49 @@ def thoughts_of(conversation: Conversation, tokenizer: Any) -> Thoughts:
 
 @functools.lru_cache(maxsize=64)
 def _marks(tokenizer: Any, template: str, arguments: str) -> Thoughts:
-    """Render a thought and its answer, and read off what the template prints around them."""
-    asked = Message("user", "a")
-    response = Message("assistant", _CONTENT)
-    thinking = Message("assistant", _CONTENT, fields={REASONING[0]: _THOUGHT})
-    probe = Conversation("a probe", (asked,), arguments=json.loads(arguments))
-    prompt = whole = plain = ""
-    with suppress(UserError):
-        prompt = render(probe, [asked], tokenizer, prompt=True)[0]
-        plain = render(probe, [asked, response], tokenizer)[0]
-        whole = render(probe, [asked, thinking], tokenizer)[0]
-    start, end = whole.find(_THOUGHT), whole.rfind(_CONTENT)
-    between = whole[start + len(_THOUGHT) : end].strip() if 0 <= start < end else ""
-    if not between:
-        known = PLAIN.closing in template  # it drops thoughts, or leaves them in the content
-        return Thoughts(PLAIN.opening, PLAIN.closing, _ends(prompt, PLAIN.opening), known)
-    before = plain[alike(plain, prompt) : plain.rfind(_CONTENT)].strip()
-    shared = alike(between[::-1], before[::-1])  # a response without a thought has it, too
-    closing = between[len(between) - shared :].strip() or between
-    if opening := whole[len(prompt) : start].strip() if whole.startswith(prompt) else "":
-        return Thoughts(opening, closing, of_template=True)
-    tags = re.findall(rf"{special_tokens(tokenizer).pattern}|{_TAG}", whole[:start])
-    opening = tags[-1] if tags and whole[:start].rstrip().endswith(tags[-1]) else ""
-    return Thoughts(opening, closing, _ends(prompt, opening), of_template=True)
+    """Render a thought and its answer, and read off what the template prints around them.
+
+    Some templates print the thought before a tool call only.
+    """
+    probe = Conversation("a probe", (_ASKED,), arguments=json.loads(arguments))
+
+    def rendered(*messages: Message, prompt: bool = False) -> str:
+        with suppress(UserError):
+            return render(probe, [_ASKED, *messages], tokenizer, prompt=prompt)[0]
+        return ""
+
+    prompt = rendered(prompt=True)
+    tag = rf"{special_tokens(tokenizer).pattern}|{_TAG}"
+    for thinking in _THINKING:
+        whole = rendered(thinking)
+        lead, shown, rest = whole.partition(_THOUGHT)
+        between, answered, _ = rest.rpartition(_CONTENT)
+        closing = re.match(rf"\s*({tag})", rest)
+        if answered and between.strip():
+            plain = rendered(Message("assistant", _CONTENT))
+            before = plain[alike(plain, prompt) : plain.rfind(_CONTENT)].strip()
+            marks = _opening(lead, prompt, tag), _shared_end(between.strip(), before)
+        elif shown and closing:
+            marks = _opening(lead, prompt, tag), closing[1]
+        else:
+            continue
+        return Thoughts(*marks, begun=_ends(prompt, marks[0]), of_template=True)
+    known = PLAIN.closing in template  # it drops thoughts, or leaves them in the content
+    return Thoughts(PLAIN.opening, PLAIN.closing, _ends(prompt, PLAIN.opening), known)
+
+
+def _shared_end(between: str, before: str) -> str:
+    """The end of what precedes an answer that a response without a thought has, too; else all."""
+    shared = alike(between[::-1], before[::-1])
+    return between[len(between) - shared :].strip() or between
+
+
+def _opening(lead: str, prompt: str, tag: str) -> str:
+    """What begins a thought after the generation prompt, or what the prompt begins it with."""
+    if generated := lead[len(prompt) :].strip() if lead.startswith(prompt) else "":
+        return generated
+    *_, last = (0, *(found.start() for found in re.finditer(tag, lead)))
+    return lead[last:].strip()
 
 
 def _ends(prompt: str, opening: str) -> bool:

@@ -103,7 +103,8 @@ def _added_text(source: DataSource, tokenizer: Any) -> str:
     if not isinstance(first, Conversation) or first.plain or first.messages[0].role != "user":
         return ""
     word = "kdcore"
-    text, _ = render(first, [Message("user", word)], tokenizer)
+    bare = replace(first, arguments=first.tools_and_others()[1])  # tools are in the data
+    text, _ = render(bare, [Message("user", word)], tokenizer)
     before = text.partition(word)[0]
     for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
         before = before.replace(token, " ")

@@ -240,6 +240,11 @@ def test_text_that_the_template_adds_is_told(folder: Path, tmp_path: Path) -> No
     prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (tmp_path / "plain.jinja").write_text(plain + prompt)
     assert not report(folder, f"teacher.template={tmp_path / 'plain.jinja'}").warnings
+    told = [{"function": {"name": "look", "description": "looks for a city by its name"}}]
+    write_lines(tmp_path / "tools.jsonl", [row | {"tools": told} for row in ROWS])
+    (tmp_path / "tools.jinja").write_text("{{ tools | tojson }}" + plain + prompt)
+    sets = f"teacher.template={tmp_path / 'tools.jinja'}", f"data.train.path={tmp_path}/tools.jsonl"
+    assert not report(folder, *sets).warnings, "the tools are in the data"
 
 
 def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,19 @@ IN_PARTS = (
     "{{- '[THINK]' + part.thinking + '[/THINK]' }}{%- else %}{{- part.text }}{%- endif %}"
     "{%- endfor %}{{- eos_token }}{%- endif %}{%- endfor %}"
 )
+# a thought is printed before a call alone; the generation prompt has an empty one
+BEFORE_A_CALL = (
+    "{%- for m in messages %}{{- '<|turn>' + m.role + '\n' }}"
+    "{%- if m.tool_calls %}{%- if m.thinking %}"
+    "{{- '<|channel>thought\n' + m.thinking + '\n<channel|>' }}{%- endif %}"
+    "{{- m.tool_calls[0] | tojson }}{%- endif %}{{- (m.content or '') + '<turn|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>assistant\n' }}"
+    "{%- if not thinks %}{{- '<|channel>thought\n<channel|>' }}{%- endif %}{%- endif %}"
+)
 TEMPLATES = FAMILIES | {
+    "before a call": Family(
+        BEFORE_A_CALL, ("<|turn>", "<turn|>", "<|channel>", "<channel|>"), "<turn|>"
+    ),
     "thinking": Family(THINKING, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "in parts": Family(IN_PARTS, ("[INST]", "[/INST]", "[THINK]", "[/THINK]", "</s>"), "</s>"),
 }
@@ -76,6 +88,14 @@ def test_the_answer_follows_the_thought(
 def test_a_prompt_with_an_empty_thought_has_no_thought() -> None:
     """With ``enable_thinking: false`` the generation prompt ends the thought itself."""
     assert read("qwen3", "sat<|im_end|>", enable_thinking=False) == ("sat", False)
+
+
+def test_a_thought_that_the_template_prints_before_a_call_alone() -> None:
+    said = "<|channel>thought\nthe mat\n<channel|>sat<turn|>"
+    for thinks in (True, False):
+        assert read("before a call", said, thinks=thinks) == ("sat", True)
+        assert read("before a call", said[:20], thinks=thinks) == ("", None)
+        assert read("before a call", "sat<turn|>", thinks=thinks) == ("sat", False)
 
 
 def test_text_without_a_template_has_the_plain_marks() -> None:
