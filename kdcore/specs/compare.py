@@ -240,7 +240,7 @@ def _at_point(base: Any, path: str, value: Any, info: ValidationInfo) -> Any:
 
 def _try(base: Any, changes: dict[str, Any], info: ValidationInfo | None, what: str) -> Any:
     try:
-        return changed(base, changes, info and info.context)
+        return changed(base, changes, info.context if info else None)
     except ValidationError as inner:
         errors = {"errors": inner.errors(include_url=False), "model": type(base)}
         raise PydanticCustomError(PARAMS_ERROR, "{what}", errors | {"what": what}) from inner

@@ -152,6 +152,8 @@ def answer_of(ids: Sequence[int], thoughts: Thoughts, tokenizer: Any) -> tuple[s
         The text without special tokens, empty if the thought does not end; and whether there is a
         thought, None for one that does not end.
     """
+    if not len(ids):  # of a prompt without room
+        return "", False
     text = str(tokenizer.decode(ids, skip_special_tokens=False))
     rest = thoughts.answer_in(text)
     if rest is None:
