@@ -222,11 +222,21 @@ def test_rows_that_are_no_conversations_are_refused(
     assert cause in raised.value.cause
 
 
+def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """One of them may be the response, and its name in the source mends that."""
+    said = [{"input": ASKED[0].format(n=n), "content": f"so {n}", "repo": "x"} for n in range(30)]
+    write_lines(tmp_path / "rows.jsonl", said)
+    found, told = made("rows.jsonl", tmp_path)
+    assert "  not read: the fields content, repo\n  if one of them is the response" in told
+    assert found.data.responses.by == "teacher"
+
+
 def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> None:
     rows = [json.dumps({"ask": ASKED[n % 3].format(n=n)}) for n in range(30)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     found, told = made("prompts.jsonl", tmp_path)
     assert found.data.responses.by == "teacher" and "30 of 30 lack a response" in told
+    assert "not read" not in told
     drafter, _ = made("prompts.jsonl", tmp_path, "train-drafter")
     assert drafter.data.responses.by == "target"
     assert len(read(drafter.data.heldout)) == 3
