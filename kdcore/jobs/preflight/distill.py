@@ -14,7 +14,7 @@ from typing import Any
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, installed
 from kdcore.data.alignment.prompted_rows import PromptedSource
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.mistakes import raise_all
@@ -24,15 +24,13 @@ from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolution.images import image_warnings, refuse_other_patches
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import refuse_long_prompts
-from kdcore.models.facts import (
-    describe_model,
-)
+from kdcore.models.facts import describe_model
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.parts.changes import changed, nested
+from kdcore.specs.parts.changes import changed, has, nested
 from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
@@ -177,14 +175,31 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
                 changed(changed(spec.base, changes), point), registry=registry
             )
         except UserError as wrong:
-            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+            raise _of_cells(wrong, f"arm '{arm}'", changes, f"arms.{arm}") from wrong
     if spec.validation:
         try:
             tried = changed(spec.base, {"data": {"heldout": spec.validation.dump()}})
             job.look_ahead(tried, registry=registry)
         except UserError as wrong:
-            raise UserError(f"validation: {wrong.cause}", wrong.cure) from wrong
+            heldout = {"data": {"heldout": None}}
+            raise _of_cells(wrong, "validation", heldout, "validation") from wrong
     return reports
+
+
+def _of_cells(wrong: UserError, cells: str, changes: dict[str, Any], place: str) -> UserError:
+    """The mistakes of a cell's spec, with the fields of the comparison's.
+
+    ``cells``: what to call the cells; ``changes``: what they change in the base, at ``place``.
+    """
+
+    def field(of_cell: str) -> str:
+        if not of_cell or not has(changes, of_cell):
+            return of_cell and f"base.{of_cell}"
+        return place if place == "validation" else f"{place}.{of_cell}"
+
+    found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
+    told = [UserError(f"{cells}: {m.cause}", m.cure, field(m.field)) for m in found]
+    return told[0] if len(told) == 1 else Mistakes(told)
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:

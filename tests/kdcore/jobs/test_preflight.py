@@ -14,7 +14,7 @@ from kdcore.jobs.preflight.distill import preflight
 from kdcore.jobs.preflight.report import Report
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.reading.file import placed, read_spec
+from kdcore.specs.reading.file import placing, read_spec
 from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -258,7 +258,9 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
     assert found["student"].cure.endswith("; or remove layers, which keeps all of them")
     assert found["training.report_to"].cure == "run: pip install swanlab, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
-    located = placed(folder / "spec.yaml", sets, raised.value.found).cause.splitlines()
+    with pytest.raises(Mistakes) as placed, placing(folder / "spec.yaml", sets):
+        raise raised.value
+    located = placed.value.cause.splitlines()
     file = folder / "spec.yaml"
     assert [line.partition("=")[0] for line in located] == [
         "--set data.heldout",
