@@ -7,7 +7,7 @@ from itertools import product
 from kdcore.components.registry import Registry
 from kdcore.data.conversation import Conversation
 from kdcore.decoding.build import build_before_target
-from kdcore.errors import in_field
+from kdcore.errors import in_field, inside
 from kdcore.evaluation.speed.turns import encoded, read_questions
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.loaded import LoadedModel
@@ -26,7 +26,7 @@ def refuse_methods(spec: BenchSpec, registry: Registry) -> None:
         UserError: The parts of a method do not fit together.
     """
     for temperature, (name, drafting) in product(spec.temperatures, spec.methods.items()):
-        with in_field(f"methods.{name}"):
+        with in_field(f"methods.{name}"), inside(f"methods.{name}"):
             build_before_target(drafting, sampling_at(temperature), registry)
 
 

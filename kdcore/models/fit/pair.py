@@ -89,7 +89,8 @@ class TeacherAndStudent:
                 fit together.
         """
         sharded = student_file is not None
-        refuse_quantized_training(spec.student, spec.local_teacher, sharded=sharded)
+        with in_field("student"):
+            refuse_quantized_training(spec.student, spec.local_teacher, sharded=sharded)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         number = (3 if reference else 2) + len(spec.local_teachers)

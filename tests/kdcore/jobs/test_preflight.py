@@ -231,6 +231,16 @@ def test_heldout_rows_that_are_trained_on_are_told(folder: Path, tmp_path: Path)
     assert not told(folder, "data.heldout=20 %")
 
 
+def test_layers_of_a_smaller_model_are_told(folder: Path) -> None:
+    found = report(folder, "student.layers=[0, 1]")
+    assert any("ends at layer 1, and the model has the layers 0 to 3" in w for w in found.warnings)
+    student = found.models["student"]
+    assert (student.layers, student.cut_from) == (2, 4)
+    for spread in ("[0, 2]", "[1, -1]"):
+        warnings = report(folder, f"student.layers={spread}").warnings
+        assert not any("ends at layer" in line for line in warnings)
+
+
 def test_text_that_the_template_adds_is_told(folder: Path, tmp_path: Path) -> None:
     assert any("'system You are helpful'" in line for line in report(folder).warnings)
     assert not report(folder, "data.train.system=Be brief.").warnings
