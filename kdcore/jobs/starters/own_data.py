@@ -213,10 +213,9 @@ def _findings(
         elif name not in ("name", "path", "tidy"):
             yield f"  {name}: the field '{value}'"
     if "tidy" in source:
-        yield (
-            "  tidy: successive turns of one role are joined; "
-            f"left out for want of a response: {counted(left_out, 'conversation')}"
-        )
+        yield "  tidy: successive turns of one role are joined"
+        if left_out:
+            yield f"  left out for want of a response: {counted(left_out, 'conversation')}"
         for note, count in Counter(note for row in rows for note in row.notes).items():
             yield f"  in {count} of {len(rows)}, {note.removesuffix(' (tidy)')}"
     yield "  the first conversation:"
