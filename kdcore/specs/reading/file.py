@@ -54,7 +54,8 @@ def read_spec(
 def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") -> Iterator[None]:
     """State where in a spec file the mistakes are that are raised inside and name a field.
 
-    The file is read at once: a run may replace it, if it is the copy in its folder.
+    The file is read at once: a run may replace it, if it is the copy in its folder. A pipe, which
+    cannot be read twice, has no lines to state.
 
     Args:
         path: Spec file.
@@ -64,6 +65,9 @@ def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") ->
     Raises:
         UserError: A mistake was raised inside; now each has its line or assignment.
     """
+    if not path.is_file():
+        yield
+        return
     document = _Document.of_text(_text(path), str(path))
     for assignment in sets:
         document.set(assignment, given_as)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,9 +75,10 @@ def installed() -> Registry:
 
 
 @pytest.fixture
-def written(kdcore: Kdcore) -> Callable[..., str]:
+def written(kdcore: Kdcore, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Writes a spec, with one text in it replaced, beside a model and rows of two shapes."""
     saved(tiny_model(), Path("teacher"))
+    capsys.readouterr()  # transformers' progress
     write_lines(Path("rows.jsonl"), CHATS)
     write_lines(Path("thread.jsonl"), [{"thread": [{"who": "a", "says": "b"}]}])
 
@@ -164,6 +166,18 @@ def test_a_run_folders_own_spec_is_read_before_it_is_replaced(
     again = kdcore("generate-data", str(copy), "--resume")
     assert again.err.startswith(f"error: run/spec.yaml:{line}: teacher: "), again.err
     assert not copy.read_text().startswith("# mine"), "it was replaced"
+
+
+def test_a_spec_from_a_pipe_is_read_once(kdcore: Kdcore, written: Callable[..., str]) -> None:
+    """As of ``kdcore check <(...)``."""
+    text = Path(written("distill", *MODEL)).read_text()
+    for command in ("check", "distill"):
+        reads, writes = os.pipe()
+        os.write(writes, text.encode())
+        os.close(writes)
+        said = kdcore(command, f"/dev/fd/{reads}", "--set", f"run={Path('run').resolve()}")
+        os.close(reads)
+        assert said.code == 2 and "'./none' is not a folder" in said.err, said.err
 
 
 def test_a_mistake_in_an_assignment_and_in_python_has_its_place(
