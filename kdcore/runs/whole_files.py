@@ -120,7 +120,8 @@ def _sole_writer(path: Path, *, folder: bool) -> Iterator[Path]:
 
 def _locked(place: Path, folder: bool) -> int | None:
     """Open a temporary path and lock it; None if another process has it or has just renamed it."""
-    if place.is_symlink():  # it would redirect the write
+    fits = place.is_dir() if folder else place.is_file()
+    if place.is_symlink() or not fits:  # a link or a pipe would redirect the write
         place.unlink(missing_ok=True)
     if folder:
         place.mkdir(exist_ok=True)
@@ -184,8 +185,11 @@ def refuse_existing(output: Path) -> None:
         output: The folder.
 
     Raises:
-        UserError: The folder has contents, is a symbolic link, or cannot be written.
+        UserError: The folder has contents, is a symbolic link or a working directory, or cannot be
+            written.
     """
+    if output.name in ("", ".."):
+        raise UserError(f"{output} does not name a new folder", f"use e.g. {output / 'new'}")
     if output.is_symlink():
         raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

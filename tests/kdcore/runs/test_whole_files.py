@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from kdcore.errors import UserError
 from kdcore.runs import whole_files
-from kdcore.runs.whole_files import beside, new_folder, write_whole
+from kdcore.runs.whole_files import beside, new_folder, refuse_existing, write_whole
 
 _WAITS = """
 import sys
@@ -76,6 +77,25 @@ def test_a_folder_of_a_killed_process_is_taken_over_and_emptied(tmp_path: Path) 
         (place / "ours").touch()
     assert [each.name for each in folder.iterdir()] == ["ours"]
     assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_what_else_bears_the_temporary_name_is_removed(tmp_path: Path) -> None:
+    beside(tmp_path / "folder").write_text("a file")
+    os.mkfifo(beside(tmp_path / "file"))
+    with new_folder(tmp_path / "folder") as place:
+        (place / "ours").touch()
+    write_whole(tmp_path / "file", "a" * 100_000)  # more than a pipe holds
+    assert (tmp_path / "file").stat().st_size == 100_000
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "in/..", "/"])
+def test_a_folder_that_is_there_already_by_its_name_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="does not name a new folder"):
+        refuse_existing(Path(name))
 
 
 def test_a_folder_that_appears_meanwhile_stays_as_it_is(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_mistakes_that_a_run_finds_are_placed_as_far_as_their_fields_are_known(
         "cure 1",
         "student.layers: cure 2",
     ]
-    with pytest.raises(UserError, match="^no field\n"), placing(spec_file):
+    with pytest.raises(UserError, match=r"^no field\n"), placing(spec_file):
         raise UserError("no field", "cure")
     with pytest.raises(TrainingDiverged), placing(spec_file):
         raise TrainingDiverged("the loss is NaN", "lower it")
