@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -120,9 +121,10 @@ def _sole_writer(path: Path, *, folder: bool) -> Iterator[Path]:
 
 def _locked(place: Path, folder: bool) -> int | None:
     """Open a temporary path and lock it; None if another process has it or has just renamed it."""
-    fits = place.is_dir() if folder else place.is_file()
-    if place.is_symlink() or not fits:  # a link or a pipe would redirect the write
-        place.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        kind = place.lstat().st_mode
+        if not (stat.S_ISDIR(kind) if folder else stat.S_ISREG(kind)):
+            place.unlink()  # a link or a pipe would redirect the write
     if folder:
         place.mkdir(exist_ok=True)
     else:
