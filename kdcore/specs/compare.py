@@ -316,6 +316,11 @@ class CompareSpec(SpecModel):
         """What an arm is tried at: every combination, or one that changes nothing."""
         return points(self.grids[arm])
 
+    def at_point(self, arm: str, point: int) -> Any:
+        """The spec of an arm at one of its points, by number."""
+        own = changed(self.base, self.arms[arm])
+        return changed(own, nested(self.points_of(arm)[point]))
+
     @property
     def trial_seeds(self) -> list[int]:
         """Those of what only chooses: none of `seeds`, so that no lucky run is reported."""

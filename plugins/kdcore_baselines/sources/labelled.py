@@ -62,7 +62,7 @@ class LabelledSource:
         rows = [row for row in stratified(of_row, *self.params.part) if of_row[row] >= 0]
         chosen = array("q", rows[: self.params.limit])
         self.left_out = [self.place(row) for row, number in enumerate(of_row) if number < 0]
-        if self.left_out and not chosen:
+        if self.left_out and len(self.left_out) == len(of_row):
             raise UserError(
                 f"none of the {len(of_row):,} rows of {self.params.path} has a label",
                 "choose a split with labels",

@@ -234,10 +234,11 @@ class LabelledDatasetSource(LabelledSource):
         """The name of a label."""
         if self._names is not None and label is not None:
             if not 0 <= label < len(self._names):
+                left_out = label == UNLABELLED and self.params.endless
                 raise UserError(
                     f"{place} has the label {label}, which stands for no class",
-                    "choose a split with labels, or read it without streaming, which leaves out "
-                    "rows of the label -1",
+                    "choose a split with labels"
+                    + (", or remove streaming, so that such rows are left out" if left_out else ""),
                 )
             return self._names[label]
         if label == UNLABELLED and isinstance(label, int):
