@@ -167,7 +167,7 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
         console.print(f"  {counted(count, 'arm')} x {runs}")
     for arm in reports:
         if lacks := [path for path in spec.grid if path not in spec.grids[arm]]:
-            tried = "it is tried at the others alone" if spec.grids[arm] else "it has no trials"
+            tried = "its points leave it out" if spec.grids[arm] else "it has no trials"
             _indented(console, f"arm '{arm}' has no {', '.join(lacks)}: {tried}")
     if spec.controls:
         console.print("  plus three controls for each arm with one gate")
