@@ -183,7 +183,8 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
     if not arms:
         return grid
     for path in (path for path in grid if path not in having):
-        _try(arms[0], nested({path: grid[path][0]}), info, "a field that no arm has")
+        for spec in (known["base"], arms[0]):  # base need not be an arm
+            _try(spec, nested({path: grid[path][0]}), info, "a field that no arm has")
     return {
         path: [_at_point(having[path], path, value, info) for value in values]
         for path, values in grid.items()

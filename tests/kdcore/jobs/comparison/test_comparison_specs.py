@@ -169,6 +169,13 @@ def test_a_grid_leaves_out_the_arms_that_lack_its_field(
         {"method.gates.1.k": 5},
     ]
     assert cells_by_arm(spec) == {"none": 3, "gated": 4 + 3, "other": 3}
+    for wrong, field, said in (
+        (arms, "method.gates.1.kk", "grid.method.gates.1.kk: unknown key"),
+        ({"none": none}, "method.gates.1.k", "a list of 0 has no item '1'"),
+    ):
+        file = asked(tmp_path, gated, arms=wrong, grid={field: [1]}, validation=OTHER)
+        with pytest.raises(UserError, match=said):
+            read_spec(file)
 
 
 def test_a_parameter_of_a_component_that_the_grid_names(
