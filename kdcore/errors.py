@@ -114,7 +114,7 @@ def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
 def special_file(path: Path) -> UserError:
     """The mistake that data are a pipe, a socket or a device, which cannot be read twice."""
     return UserError(
-        f"{path} is neither a file nor a folder", "write what it says to a file, and name that"
+        f"{path} is neither a file nor a folder", "save its contents as a file, and name that file"
     )
 
 

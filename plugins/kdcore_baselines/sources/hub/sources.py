@@ -230,7 +230,7 @@ class LabelledDatasetSource(LabelledSource):
         if self._names is not None and label is not None:
             if not 0 <= label < len(self._names):  # hidden labels of a test split
                 raise UserError(
-                    f"{place} has the label {label}, which stands for no class",
+                    f"{place} has the label {label}, which does not name a class",
                     "choose a split with labels",
                 )
             return self._names[label]
