@@ -162,14 +162,14 @@ def in_field(field: str) -> Iterator[None]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The cure for an unknown name: the nearest known one, or else all of them.
 
-    Returns e.g. ``did you mean 'speckd'?`` or ``known: all, speckd``.
+    Returns e.g. ``did you mean 'speckd'?`` or ``use one of: all, speckd``.
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
-    return "known: " + (", ".join(names[:MOST_NAMES]) or "none") + more
+    return "use one of: " + (", ".join(names[:MOST_NAMES]) or "none exists") + more
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -68,7 +68,7 @@ class OfKind:
             raise _said(
                 f"must be the name of {with_article(self.kind)}, or {{name: NAME, "
                 "PARAMETER: VALUE}",
-                f"known: {', '.join(registry.names(self.kind)) or 'none'}",
+                f"use one of: {', '.join(registry.names(self.kind)) or 'none exists'}",
             )
         try:
             component = registry.component(self.kind, given["name"])

@@ -189,9 +189,9 @@ def _in_package(package: str, name: str) -> Path:
     home = Path(found.submodule_search_locations[0]).resolve()
     path = (home / name).resolve()
     if not path.is_relative_to(home) or path.suffix != ".gguf" or not path.is_file():
-        files = ", ".join(sorted(p.name for p in home.glob("*.gguf"))) or "none"
+        files = ", ".join(sorted(p.name for p in home.glob("*.gguf"))) or "none exists"
         raise UserError(
-            f"package '{package}' does not contain a GGUF file {name}", f"known: {files}"
+            f"package '{package}' does not contain a GGUF file {name}", f"use one of: {files}"
         )
     return path
 

@@ -153,7 +153,7 @@ def test_an_arm_that_a_grid_does_not_suit_is_named(
     ("fields", "said"),
     [
         ({"arms": {}}, "arms is empty"),
-        ({"baseline": "kv"}, "known: kd"),
+        ({"baseline": "kv"}, "use one of: kd"),
         ({"seeds": [1, 1]}, "same seed twice"),
         ({"arms": {"../x": {}}}, "invalid name"),
         ({"arms": {"kd": {"seed": 3}}}, "seed cannot be set here"),
