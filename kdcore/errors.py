@@ -159,6 +159,21 @@ def in_field(field: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def inside(outer: str) -> Iterator[None]:
+    """State of the fields in the mistakes raised inside that they are those of a part of a spec.
+
+    Args:
+        outer: The part's field, e.g. ``base``.
+    """
+    try:
+        yield
+    except UserError as mistake:
+        for each in mistake.found if isinstance(mistake, Mistakes) else [mistake]:
+            each.field = each.field and f"{outer}.{each.field}"
+        raise
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The cure for an unknown name: the nearest known one, or else all of them.
 

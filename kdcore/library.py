@@ -6,7 +6,8 @@ This module does not import torch; each function imports its dependencies when i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
 from kdcore.runs.folder import Run, is_run
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import beside, unwritable, write_whole
+from kdcore.runs.whole_files import unwritable, write_whole
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.parts.fields import ModelSpec, SpecModel
 from kdcore.specs.reading import file
@@ -114,7 +115,8 @@ def check(spec: Spec, *overrides: str, registry: Registry | None = None) -> Plan
     job = known.job(asked.job)
     if job.preflight is None:
         raise UserError(f"job '{asked.job}' does not have a check", "run the spec")
-    found = job.look_ahead(asked, registry=known)
+    with _placing(spec, overrides):
+        found = job.look_ahead(asked, registry=known)
     from kdcore.jobs.preflight.report import Report
 
     arms = found if isinstance(found, Mapping) else {job.name: found}
@@ -189,14 +191,22 @@ def run(
             f"the job {job.name} cannot be divided into shares",
             f"run it without share={share}; these jobs can be divided: {divided}",
         )
-    if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
-        job.look_ahead(asked, registry=known)
     where: dict[str, Any] = {"on": on} if on else {}
     where |= {"share": share} if share else {}
-    done: Run = job.carry_out(
-        asked, registry=known, overwrite=overwrite, resume=resume, progress=progress, **where
-    )
+    with _placing(spec, overrides):
+        if overwrite and job.preflight:  # a mistake in the new run must not cost the old one
+            job.look_ahead(asked, registry=known)
+        done: Run = job.carry_out(
+            asked, registry=known, overwrite=overwrite, resume=resume, progress=progress, **where
+        )
     return done
+
+
+def _placing(spec: Spec, overrides: Sequence[str]) -> AbstractContextManager[None]:
+    """`kdcore.specs.reading.file.placing` of a spec that is a file."""
+    if isinstance(spec, Path | str):
+        return file.placing(Path(spec), overrides, given_as=_OVERRIDE)
+    return nullcontext()
 
 
 def evaluate(
@@ -232,7 +242,8 @@ def evaluate(
         raise UserError(
             f"the spec names the job {asked.job}, not evaluate", "call kdcore.run with the spec"
         )
-    return measured(asked, registry=registry, progress=progress)
+    with _placing(spec, overrides):
+        return measured(asked, registry=registry, progress=progress)
 
 
 def report(
@@ -261,7 +272,6 @@ def report(
     try:
         write_whole(place, page)
     except OSError as fault:
-        beside(place).unlink(missing_ok=True)
         raise unwritable(place, fault, "name another file (out=FILE)") from fault
     return place.resolve()
 

@@ -221,7 +221,8 @@ class Decoder:
             shaped = ShapedLogits(
                 self.sampling, logits, committed, lengths, prompts, going, ends, tree
             )
-            verdict = self.verifier(tree, shaped, generator)
+            with self.session.verifying():
+                verdict = self.verifier(tree, shaped, generator)
             verified = Moment(left.device)
 
             new, counts = _emitted(tree, verdict)

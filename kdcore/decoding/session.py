@@ -8,13 +8,13 @@ hidden, the engine drops them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdcore.decoding.engines.protocols import Engine
+from kdcore.decoding.engines.protocols import Engine, ThreadedEngine
 from kdcore.decoding.engines.torch_engine import TorchEngine
 from kdcore.decoding.layers.attention import TreeAttention
 from kdcore.decoding.tree import DraftTree
@@ -54,6 +54,7 @@ class Session:
             engine = TorchEngine()
             engine.bind(model, layers)
         self.model, self.engine = model, engine
+        self._threaded = engine if isinstance(engine, ThreadedEngine) else None
         self.masks = TreeAttention(model)
         self.limit = context_of(model)
         self.short = short_length_of(model)
@@ -75,6 +76,10 @@ class Session:
     def serving(self) -> AbstractContextManager[None]:
         """A context around many passes, in which the engine prepares the target once."""
         return self.engine.serving()
+
+    def verifying(self) -> AbstractContextManager[None]:
+        """A context around what reads the logits of a pass, before the next one."""
+        return nullcontext() if self._threaded is None else self._threaded.verifying()
 
     def extend(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Run the next tokens of each row and keep them.

@@ -20,13 +20,15 @@ import torch
 from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.decoding.baseline import Baseline, DecodedBatch, DecodingSettings, left_padded
-from kdcore.decoding.build import BoundEngines, build_before_target, build_decoder
+from kdcore.decoding.build import BoundEngines, build_decoder
 from kdcore.decoding.drafters.files import drafter_digest
 from kdcore.decoding.loop import Counter, Stop
+from kdcore.errors import in_field
 from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
-from kdcore.evaluation.speed.turns import Decode, Turns, encoded, prompts_by_turn, read_questions
+from kdcore.evaluation.speed.turns import Decode, Turns, prompts_by_turn
+from kdcore.jobs.resolution.benchmark import read_sets, refuse_methods
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, processor_facts, synchronise
 from kdcore.models.facts import end_ids
@@ -133,25 +135,21 @@ def _read_inputs(
     spec: BenchSpec, registry: Registry, progress: Progress, held: ExitStack
 ) -> _Inputs:
     """Load the target, prepare the baselines, which ``held`` closes, and read the prompts."""
-    for temperature, drafting in product(spec.temperatures, spec.methods.values()):
-        # A bad combination is refused now, not after hours at the first temperature.
-        build_before_target(drafting, sampling_at(temperature), registry)
-    refuse_unreachable(spec.servers, progress)
+    refuse_methods(spec, registry)  # now, and not after hours at the first temperature
+    with in_field("servers"):
+        refuse_unreachable(spec.servers, progress)
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
     assembly = Assembly(registry, device=device)
-    baselines = {name: assembly.build(choice) for name, choice in spec.baselines.items()}
-    with progress.stage("load the target", 1) as stage:
+    baselines = assembly.built("baselines", spec.baselines)
+    with progress.stage("load the target", 1) as stage, in_field("target"):
         target = load_model(spec.target, device=device)
         stage.advance()
-    for baseline in baselines.values():
+    for name, baseline in baselines.items():
         held.callback(baseline.close)
-        baseline.bind(target)
-    questions = {
-        name: read_questions(assembly.build(choice), name, spec)
-        for name, choice in spec.sets.items()
-    }
-    prompts = {name: encoded(rows, name, spec, target) for name, rows in questions.items()}
+        with in_field(f"baselines.{name}"):
+            baseline.bind(target)
+    questions, prompts = read_sets(spec, target, assembly)
     threads = spec.threads or [torch.get_num_threads()]
     return _Inputs(target, baselines, questions, prompts, threads)
 

@@ -13,7 +13,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.responses.model import engine_for
 from kdcore.data.rows import RowDataset, encode_rows, padding, refuse_long_rows
 from kdcore.decoding.engines.protocols import Engine
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.evaluation.answers import answers, judged, question
 from kdcore.evaluation.heldout import HeldOut
 from kdcore.evaluation.lm_eval import refuse_without_harness, run_tasks
@@ -82,8 +82,9 @@ def evaluate(
 
 def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> Evaluation:
     assembly = Assembly(registry)
-    source = assembly.build(spec.heldout) if spec.heldout else None
-    examples = source.read() if source else []
+    with in_field("heldout"):
+        source = assembly.build(spec.heldout) if spec.heldout else None
+        examples = source.read() if source else []
     scores = Scores.build(spec.evaluation.answers, assembly.build, examples)
     if spec.lm_eval:
         refuse_without_harness()
@@ -95,8 +96,9 @@ def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> E
     samples: list[dict[str, str]] = []
     if source is not None:
         asked = replace(model, tokenizer=(teacher or model).tokenizer)
-        rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
-        refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
+        with in_field("heldout"):
+            rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
+            refuse_long_rows(rows, [asked, teacher] if teacher else [asked])
         measured = _measured(spec, RowDataset(rows), asked, teacher, progress)
         engine = _engine(spec, examples, asked, registry, progress)
         found = judged(scores, asked, spec.evaluation, progress, engine)
@@ -157,10 +159,12 @@ def _models(
     progress.note(f"device: {device}")
     teacher: LoadedModel | None = None
     with progress.stage("load models", 2 if spec.teacher else 1) as stage:
-        model = load_model(spec.model, kind=kind, device=device)
+        with in_field("model"):
+            model = load_model(spec.model, kind=kind, device=device)
         stage.advance()
         if spec.teacher:
-            teacher = load_model(spec.teacher, kind=kind, device=device)
+            with in_field("teacher"):
+                teacher = load_model(spec.teacher, kind=kind, device=device)
             set_padding(model.model, teacher.tokenizer)
             stage.advance()
     return model, teacher
@@ -173,7 +177,8 @@ def _measured(
     teacher: LoadedModel | None,
     progress: Progress,
 ) -> Measured:
-    shared_vocabulary(teacher or model, model)  # refuses other tokens or labels
+    with in_field("model"):
+        shared_vocabulary(teacher or model, model)  # refuses other tokens or labels
     chunk = chunk_on(model.model.device, spec.chunk, model.classes)
     heldout = HeldOut(
         rows, padding(model.tokenizer), spec.evaluation.batch_size, chunk, 0, progress

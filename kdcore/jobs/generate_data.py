@@ -12,7 +12,7 @@ from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint.answers import EndpointAnswers
 from kdcore.data.responses.file import Answerer, Numbered, respond
 from kdcore.data.responses.model import ModelAnswers
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.jobs.preflight.generate_data import _conversations
 from kdcore.jobs.ray_workers import Cluster, connected, differs_here, spread
 from kdcore.models.device import process_device
@@ -76,7 +76,9 @@ def _respond(
     spec: GenerateDataSpec, run: Run, registry: Registry, progress: Progress, on: Cluster | None
 ) -> None:
     asked = _conversations(spec, registry)
-    given = respond(asked, _answerer(spec, registry, progress, on), run.path(FILE), progress)
+    with in_field("teacher"):
+        answerer = _answerer(spec, registry, progress, on)
+    given = respond(asked, answerer, run.path(FILE), progress)
     ended = [m.ended for c in given.conversations for m in c.messages if m.role == "assistant"]
     run.update(
         responses=GeneratedResponses(

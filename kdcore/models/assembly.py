@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcore.components.choice import Choice
 from kdcore.components.construction import ChoiceBuilder
+from kdcore.errors import in_field
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,25 @@ class Assembly(ChoiceBuilder):
     """
 
     device: torch.device | None = None
+
+    def built(self, field: str, choices: Mapping[str, Choice]) -> dict[str, Any]:
+        """Build the components of a mapping in a spec.
+
+        Args:
+            field: The mapping's field.
+            choices: Name -> component.
+
+        Returns:
+            Name -> the built component.
+
+        Raises:
+            UserError: A component refuses; the mistake names its field.
+        """
+        found: dict[str, Any] = {}
+        for name, choice in choices.items():
+            with in_field(f"{field}.{name}"):
+                found[name] = self.build(choice)
+        return found
 
     def load_model(self, model: str) -> Any:
         """Load a frozen language model; see `kdcore.components.construction.BuildContext`.

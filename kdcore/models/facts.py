@@ -101,6 +101,7 @@ class ModelFacts:
         classes: Number of classes V of its logits.
         hidden: Hidden width, of the last stage where the stages differ.
         layers: Number of layers, of all stages together.
+        cut_from: Number of layers of the model that a student was cut from, or None.
         parameters: Number of parameters; tied weights count once.
         context: Context length in tokens; None for image models and the like.
     """
@@ -112,6 +113,7 @@ class ModelFacts:
     layers: int
     parameters: int
     context: int | None
+    cut_from: int | None = None
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -132,6 +134,7 @@ def describe_model(loaded: LoadedModel) -> ModelFacts:
         layers=getattr(text, "num_hidden_layers", sum(depths)),
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         context=context_of(loaded.model),
+        cut_from=loaded.cut_from,
     )
 
 

@@ -220,4 +220,4 @@ def refuse_unmeasured(field: str, metric: str | None, job: str) -> None:
         known = [*known, *installed().names("score")]
     if metric is None or known is None or re.sub(r"^level_\d+$", "level_1", metric) in known:
         return
-    raise UserError(f"{field}: unknown metric '{metric}'", nearest(metric, known))
+    raise UserError(f"{field}: unknown metric '{metric}'", nearest(metric, known), field)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kdcore.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # on Windows, which refuses to rename a file that another process has open
+    fcntl = None  # type: ignore[assignment]
+
 PART = ".kdcore-part"
 """The ending of a temporary path. Nothing else has it: what bears it may be removed."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors for want of space: on the disk, of the user, or in one file."""
+_PATIENCE = 5.0
+"""Seconds in which another process has written the same file: its text is complete before."""
 
 
 def beside(path: Path) -> Path:
@@ -67,9 +76,75 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts, as UTF-8, in one step."""
-    with whole(path) as place, place.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+    """Write a text, or its parts, as UTF-8, in one step.
+
+    Several processes may write the same file: each writes all of it, and the last text remains.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        text: The text, or its parts.
+
+    Raises:
+        OSError: The file cannot be written; nothing of it remains.
+        UserError: Another process has been writing the file for seconds.
+    """
+    with _sole_writer(path, folder=False) as place:
+        try:
+            with naming(path), place.open("w", encoding="utf-8") as file:
+                file.writelines([text] if isinstance(text, str) else text)
+        except BaseException:
+            place.unlink(missing_ok=True)
+            raise
+        place.replace(path)
+
+
+@contextmanager
+def _sole_writer(path: Path, *, folder: bool) -> Iterator[Path]:
+    """Create the temporary file or folder of a path, or take over that of a killed process.
+
+    It is locked by itself, so that no other file has to be removed afterwards. Where the file
+    system has no locks, nothing keeps writers apart. Raises UserError if a living process has it.
+    """
+    place, patience = beside(path), time.monotonic() + _PATIENCE
+    while (lock := _locked(place, folder)) is None:
+        if time.monotonic() > patience:
+            kind = "folder" if folder else "file"
+            raise UserError(
+                f"another process is writing {path}", f"wait until it ends, or name another {kind}"
+            )
+        time.sleep(0.02)
+    try:
+        yield place
+    finally:
+        os.close(lock)
+
+
+def _locked(place: Path, folder: bool) -> int | None:
+    """Open a temporary path and lock it; None if another process has it or has just renamed it."""
+    with suppress(FileNotFoundError):
+        kind = place.lstat().st_mode
+        if not (stat.S_ISDIR(kind) if folder else stat.S_ISREG(kind)):
+            place.unlink()  # a link or a pipe would redirect the write
+    if folder:
+        place.mkdir(exist_ok=True)
+    else:
+        place.touch()
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        lock = os.open(place, os.O_NOFOLLOW | (os.O_RDONLY if folder else os.O_RDWR))
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(lock), place.lstat())
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    except OSError:  # a file system without locks
+        ours = True
+    if not ours:
+        os.close(lock)
+    return lock if ours else None
 
 
 def unwritable(path: Path, fault: OSError, elsewhere: str) -> UserError:
@@ -112,8 +187,11 @@ def refuse_existing(output: Path) -> None:
         output: The folder.
 
     Raises:
-        UserError: The folder has contents, is a symbolic link, or cannot be written.
+        UserError: The folder has contents, is a symbolic link or a working directory, or cannot be
+            written.
     """
+    if output.name in ("", ".."):
+        raise UserError(f"{output} does not name a new folder", f"use e.g. {output / 'new'}")
     if output.is_symlink():
         raise UserError(f"{output} is a symbolic link to {output.readlink()}", "use a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -123,20 +201,34 @@ def refuse_existing(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Create a folder of a user's choice atomically; see `whole_folder`.
+    """Create a folder of a user's choice atomically, as the only process that does.
 
     Args:
         output: The new folder.
 
     Yields:
-        The temporary path.
+        The temporary folder, which is empty.
 
     Raises:
-        UserError: The folder above it is not writable.
+        UserError: The folder above it is not writable, another process is creating the folder, or
+            has created it meanwhile.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise unwritable(output, fault, "use a writable folder") from fault
-    with whole_folder(output) as place:
-        yield place
+    with _sole_writer(output, folder=True) as place:
+        try:
+            refuse_existing(output)
+            for left in place.iterdir():  # of a killed process
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            with naming(output):
+                yield place
+            try:
+                place.replace(output)
+            except OSError:
+                refuse_existing(output)  # another program has created it
+                raise
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise

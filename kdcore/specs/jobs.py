@@ -74,7 +74,7 @@ kdcore compare compare.yaml --share 1/4
 """,
         model="kdcore.specs.compare:CompareSpec",
         work="kdcore.jobs.comparison.compare:compare",
-        preflight="kdcore.jobs.preflight.distill:preflight_arms",
+        preflight="kdcore.jobs.preflight.comparison:preflight_arms",
         template="kdcore.jobs:starters/compare.yaml",
         result="comparison.json",
         spreads=True,

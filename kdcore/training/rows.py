@@ -24,7 +24,7 @@ from kdcore.data.rows import (
     refuse_long_stream,
 )
 from kdcore.data.source import DataSource
-from kdcore.errors import counted
+from kdcore.errors import counted, in_field
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
@@ -89,19 +89,23 @@ def read_rows(
         answers = ModelAnswers(answering, spec.data.responses, registry, progress.note)
         ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
-        generated = respond(source.read(), answers, path, progress, ranks).conversations
+        with in_field(f"data.{name}"):
+            asked = source.read()
+        with in_field("data.responses"):
+            generated = respond(asked, answers, path, progress, ranks).conversations
     length = spec.data.max_length
-    rows, summary = encode_rows(
-        source,
-        models[0].tokenizer,
-        length,
-        progress,
-        generated=generated,
-        workers=spec.data.workers,
-        own=run.path("rows") / f"{name}-{FORMAT}",
-    )
-    note_cut_rows(summary, length, progress)
-    refuse_long_rows(rows, models)
+    with in_field(f"data.{name}"):
+        rows, summary = encode_rows(
+            source,
+            models[0].tokenizer,
+            length,
+            progress,
+            generated=generated,
+            workers=spec.data.workers,
+            own=run.path("rows") / f"{name}-{FORMAT}",
+        )
+        note_cut_rows(summary, length, progress)
+        refuse_long_rows(rows, models)
     return TrainingRows(source, RowDataset(rows), generated)
 
 

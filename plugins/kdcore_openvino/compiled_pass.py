@@ -69,6 +69,11 @@ class OpenVinoPass:
         """The number of slots in the cache."""
         return self._slots
 
+    @property
+    def rows(self) -> int:
+        """The number of rows; call ``start`` first."""
+        return len(self._beams)
+
     def load(self) -> None:
         """Load the graph from the cache on disk; the first time, convert and check it.
 
@@ -103,14 +108,12 @@ class OpenVinoPass:
         if self.source.sizes:
             given = {**given, "beam_idx": self._beams}
             self._beams = torch.arange(len(self._beams), dtype=torch.int32)
-        self._request.infer({name: each.contiguous().numpy() for name, each in given.items()})
+        inputs = {name: each.contiguous().numpy() for name, each in given.items()}
+        found = self._request.infer(inputs, share_inputs=True, share_outputs=True)
         if "positions" in given:
             self._slots += given["positions"].shape[1]
-        # copies: the next pass writes to the same memory
-        return {
-            name: torch.from_numpy(self._request.get_tensor(name).data).clone()
-            for name in self._outputs
-        }
+        # copies, since the next pass writes to the same memory; by one thread: see `torch_threads`
+        return {name: torch.from_numpy(found[name].copy()) for name in self._outputs}
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows: the next pass reads them and drops the others."""

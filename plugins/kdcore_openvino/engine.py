@@ -18,6 +18,7 @@ from kdcore.models.features import FeatureTap
 from kdcore_openvino.compiled_pass import OpenVinoPass, explained
 from kdcore_openvino.graph import keep_layers, openvino
 from kdcore_openvino.target_pass import TargetPass
+from kdcore_openvino.torch_threads import one_thread
 
 if TYPE_CHECKING:
     from kdcore import BuildContext
@@ -32,7 +33,7 @@ DRAFTS = "float16"
 
 
 class OpenVinoEngine:
-    """A `kdcore.CompilingEngine` for CPUs."""
+    """A `kdcore.CompilingEngine` for CPUs, with threads of its own."""
 
     def __init__(self, params: OpenVinoParams, context: BuildContext) -> None:
         self.weights = params.weights
@@ -144,6 +145,11 @@ class OpenVinoEngine:
 
     def serving(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def verifying(self) -> AbstractContextManager[None]:
+        """Leave torch one thread for the logits of one row; those of many rows need its threads."""
+        assert self._pass is not None
+        return nullcontext() if self._pass.rows > 1 else one_thread()
 
     def _try(self, module: Any) -> None:
         """Compare the logits of a new graph with those of the model."""

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,24 @@ def test_a_graph_that_differs_from_the_target_is_refused(monkeypatch: pytest.Mon
     for _ in range(2):
         with pytest.raises(UserError, match=r"logits of openvino differ .* by \d"):
             bound_engine(model)
+
+
+def test_torch_reads_the_logits_of_one_row_on_one_thread() -> None:
+    """Its idle threads would wait actively on the cores of the next pass; other work keeps them."""
+    target = tiny("llama")
+    engine = bound_engine(target)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for rows, count in ((1, 1), (2, 3)):
+            engine.start(rows)
+            with engine.verifying():
+                assert torch.get_num_threads() == count
+                with ThreadPoolExecutor() as pool:
+                    assert pool.submit(torch.get_num_threads).result() == 3
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("change", [scaled, set_by_data, merged])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcore.components import registry
-from kdcore.errors import UserError, counted
+from kdcore.errors import UserError, counted, inside
 from kdcore_cli.options import AsJson, On, Quiet, Sets, SpecFile, Verbose, share_of
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -91,6 +92,7 @@ def build(
     """
     from kdcore.jobs.caches.build import build_cache
     from kdcore.specs.parts.fields import folder_or_url
+    from kdcore.specs.reading.file import placing
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -99,15 +101,16 @@ def build(
     if folder is None:
         raise UserError("the cache folder is not set", f"add --out DIR, or set {field}")
     quieten(quiet, verbose)
-    cache = build_cache(
-        asked,
-        folder,
-        endpoint=_endpoint(endpoint, model, key),
-        k=k,
-        share=share_of(share) or (1, 1),
-        progress=progress_on(console.err(), quiet),
-        on=on,
-    )
+    with placing(spec, sets or []), inside("base") if is_base else nullcontext():
+        cache = build_cache(
+            asked,
+            folder,
+            endpoint=_endpoint(endpoint, model, key),
+            k=k,
+            share=share_of(share) or (1, 1),
+            progress=progress_on(console.err(), quiet),
+            on=on,
+        )
     _show(cache, as_json)
     if not as_json and asked.data.teacher_cache is None:
         place = folder if isinstance(folder, str) else folder.resolve()
@@ -174,6 +177,7 @@ def validate(
     """
     from kdcore.jobs.caches.build import validate_cache
     from kdcore.specs.parts.fields import folder_or_url
+    from kdcore.specs.reading.file import placing
     from kdcore_cli.terminal.progress import progress_on
 
     asked, is_base = _with_rows(spec, sets)
@@ -183,7 +187,8 @@ def validate(
             "name the spec of one arm: cells/ARM/seed-N/spec.yaml in the comparison's run folder",
         )
     quieten(quiet, verbose)
-    validate_cache(folder_or_url(folder), asked, progress=progress_on(console.err(), quiet))
+    with placing(spec, sets or []):
+        validate_cache(folder_or_url(folder), asked, progress=progress_on(console.err(), quiet))
     console.tell(f"{folder} matches {spec}")
 
 

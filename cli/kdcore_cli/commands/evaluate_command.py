@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: bool) -> None:
     from kdcore.specs.evaluate import EvaluateSpec
-    from kdcore.specs.reading.file import parse_spec, read_spec
+    from kdcore.specs.reading.file import parse_spec, placing, read_spec
     from kdcore_cli.terminal.progress import progress_on
     from kdcore_cli.terminal.tables import show_evaluation
 
@@ -175,7 +176,9 @@ def _measure(what: str, flags: list[str], quiet: bool, verbose: bool, as_json: b
     console.warn_of_problems(found)
     quieten(quiet, verbose)
     progress = progress_on(console.err(), quiet)
-    outcome = found.job("evaluate").carry_out(asked, registry=found, progress=progress)
+    is_file = Path(what).suffix in (".yaml", ".yml")
+    with placing(Path(what), flags) if is_file else nullcontext():
+        outcome = found.job("evaluate").carry_out(asked, registry=found, progress=progress)
     if as_json:
         console.print_json(outcome)
     else:

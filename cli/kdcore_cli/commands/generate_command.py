@@ -345,10 +345,11 @@ def _answer_file(
             ) from None
 
 
-def _refuse_taken(out: Path) -> None:
+def _refuse_taken(out: Path, own: bool = False) -> None:
+    """Raises UserError if a file exists, or its temporary file, unless that is one's own."""
     if out.exists():
         raise UserError(f"{out} already exists", "name another file with --out")
-    if beside(out).exists():
+    if not own and beside(out).exists():
         raise UserError(
             f"{beside(out)} holds the answers of a command that is running or was interrupted",
             "wait for that command, delete the file, or name another file with --out",
@@ -374,6 +375,7 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
             raise unwritable(out, fault, "name a file in a writable folder") from None
         with file:
             try:
+                _refuse_taken(out, own=True)  # by a command that has just ended
                 yield file
             except BaseException:
                 if not place.stat().st_size:

@@ -122,7 +122,7 @@ def _carried_out(
 ) -> Any:
     """Read a spec and run its job; ``shown``: the options of its output."""
     from kdcore import library
-    from kdcore.specs.reading.file import read_spec
+    from kdcore.specs.reading.file import placing, read_spec
     from kdcore_cli.terminal.progress import progress_on
 
     if overwrite and resume:
@@ -146,18 +146,19 @@ def _carried_out(
     try:
         quieten(quiet, verbose)
         progress = progress_on(console.err(), quiet)
-        if job.run_folder:
-            outcome: Any = library.run(
-                asked,
-                registry=found,
-                overwrite=overwrite,
-                resume=resume,
-                progress=progress,
-                on=on,
-                share=asked_share,
-            )
-        else:
-            outcome = job.carry_out(asked, registry=found, progress=progress)
+        with placing(spec, assignments):
+            if job.run_folder:
+                outcome: Any = library.run(
+                    asked,
+                    registry=found,
+                    overwrite=overwrite,
+                    resume=resume,
+                    progress=progress,
+                    on=on,
+                    share=asked_share,
+                )
+            else:
+                outcome = job.carry_out(asked, registry=found, progress=progress)
         _part_from_other_processes()
         return outcome
     except BaseException as fault:

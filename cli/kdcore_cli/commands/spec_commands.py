@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -13,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from kdcore.components import registry
-from kdcore.errors import Mistakes, UserError
-from kdcore.runs.whole_files import beside, unwritable, whole, write_whole
+from kdcore.errors import UserError
+from kdcore.runs.whole_files import unwritable, write_whole
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -79,13 +78,9 @@ def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) ->
     """
     place = Path(os.path.realpath(file))
     try:
-        with whole(place) as part:
-            part.write_text(text, "utf-8")
-            for path, content in beside_it:
-                write_whole(path, content)
+        for path, content in (*beside_it, (place, text)):
+            write_whole(path, content)
     except OSError as fault:
-        with contextlib.suppress(OSError):
-            beside(place).unlink()
         raise unwritable(file, fault, "name a file in a writable folder") from None
 
 
@@ -138,7 +133,7 @@ def check(
     kdcore check spec.yaml --set data.max_length=512
     """
     from kdcore.runs.folder import Run
-    from kdcore.specs.reading.file import placed, read_spec
+    from kdcore.specs.reading.file import placing, read_spec
 
     found = registry.installed()
     asked: Any = read_spec(spec, sets or [], registry=found)
@@ -151,10 +146,8 @@ def check(
     quieten(quiet, verbose)
     from kdcore_cli.terminal.check_report import report_of
 
-    try:
+    with placing(spec, sets or []):
         report = job.look_ahead(asked, registry=found)
-    except Mistakes as wrong:
-        raise placed(spec, sets or [], wrong.found) from None
     if as_json:
         console.print_json(report)
         return

@@ -13,7 +13,7 @@ from kdcore import __version__
 from kdcore.components.hookspecs import GROUP
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError, nearest, with_article
-from kdcore.runs.whole_files import unwritable, whole_folder
+from kdcore.runs.whole_files import new_folder, unwritable
 
 TEMPLATES = Path(__file__).parent / "plugin_templates"
 
@@ -128,8 +128,7 @@ def write_package(name: str, kind: str, folder: Path, registry: Registry) -> lis
     if os.path.lexists(folder):
         raise UserError(f"{folder} already exists", "name another folder with --out")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(folder) as place:
+        with new_folder(folder) as place:
             for path, text in rendered.items():
                 (place / path).parent.mkdir(parents=True, exist_ok=True)
                 (place / path).write_text(text, "utf-8")

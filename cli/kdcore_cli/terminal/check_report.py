@@ -14,6 +14,7 @@ from kdcore.components.job import Job
 from kdcore.errors import counted
 from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.jobs.preflight.bench import BenchReport
+from kdcore.jobs.preflight.comparison import total_seconds
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
 from kdcore.jobs.preflight.generate_data import GenerationReport
 from kdcore.jobs.preflight.report import Report
@@ -81,7 +82,8 @@ def show_report(console: Console, report: Report, spec: Any) -> None:
     _heading(console, "models")
     models = table("", "parameters", "layers", "width", "classes", "context")
     for who, facts in report.models.items():
-        numbers = (facts.layers, facts.hidden, facts.classes, facts.context or "-")
+        kept = f"{facts.layers} of {facts.cut_from}" if facts.cut_from else facts.layers
+        numbers = (kept, facts.hidden, facts.classes, facts.context or "-")
         models.add_row(who, _count(facts.parameters), *map(str, numbers))
     console.print(models)
     for who, facts in report.models.items():
@@ -163,8 +165,8 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     controls = ", plus three controls for each arm with one gate" if spec.controls else ""
     console.print(f"  {counted(len(reports), 'arm')} x {runs}{controls}")
     cells = cells_by_arm(spec)
-    times = [cells[name] * sum(report.seconds.values()) for name, report in reports.items()]
-    total = f"{counted(sum(cells.values()), 'training')}, {duration(sum(times))}"
+    time = duration(total_seconds(spec, reports))
+    total = f"{counted(sum(cells.values()), 'training')}, {time}"
     console.print(f"  in all {total}, and the start of each process")
 
 

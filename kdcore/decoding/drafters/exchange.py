@@ -66,7 +66,6 @@ def export_drafter(
     exported = drafter.exported(layout, target)
     plain = {name: each.detach().contiguous().cpu() for name, each in exported.weights.items()}
     with new_folder(output) as place:
-        place.mkdir()
         save_file(plain, place / WEIGHTS, metadata={"format": "pt"})
         (place / CONFIG).write_text(json.dumps(exported.config, indent=2) + "\n", "utf-8")
     return exported.command(output)

@@ -185,6 +185,18 @@ class CompilingEngine(Engine, Protocol):
 
 
 @runtime_checkable
+class ThreadedEngine(Engine, Protocol):
+    """An engine whose passes run on threads of its own, not on those of torch."""
+
+    def verifying(self) -> AbstractContextManager[None]:
+        """A context around torch's operations on the logits of a pass, before the next pass.
+
+        Call ``start`` first. In the context, an engine can keep torch's threads from the cores that
+        its own need.
+        """
+
+
+@runtime_checkable
 class ConvertingEngine(Engine, Protocol):
     """An engine that converts a target before the first use, which can take minutes."""
 

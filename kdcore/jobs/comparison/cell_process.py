@@ -286,7 +286,8 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
     except OtherInput as wrong:
         tell(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:
-        tell(("failed", wrong.cause, wrong.cure))
+        field = "" if wrong.cause.startswith(wrong.field) else f"{wrong.field}: "
+        tell(("failed", field + wrong.cause, wrong.cure))
     except Exception as fault:
         tell(("failed", describe(fault), ""))
 

@@ -210,8 +210,8 @@ def _in_order(cells: list[Cell]) -> Generator[list[Cell], None, bool]:
     """
     firsts: dict[str, Cell] = {}
     for cell in cells:
-        if _makes_shared_files(cell.spec.data):
-            firsts.setdefault(json.dumps(plain(cell.spec)["data"]), cell)
+        for data in shared_files(cell.spec).values():
+            firsts.setdefault(data, cell)
     rest = [cell for cell in cells if cell not in firsts.values()]
     for part in (*([cell] for cell in firsts.values()), rest):
         yield part
@@ -220,11 +220,25 @@ def _in_order(cells: list[Cell]) -> Generator[list[Cell], None, bool]:
     return True
 
 
-def _makes_shared_files(data: Any) -> bool:
-    """Whether a cell with such data generates responses, or hidden states that others read."""
+def shared_files(spec: CellSpec) -> dict[str, str]:
+    """What a cell computes into a folder that other cells read.
+
+    Args:
+        spec: The spec of the cell.
+
+    Returns:
+        The purpose of the work, as in `kdcore.jobs.preflight.report.Report.seconds` -> the data
+        that it depends on: cells with the same data share it.
+    """
+    data: Any = spec.data
     by = getattr(getattr(data, "responses", None), "by", "dataset")
     states = getattr(data, "hidden_states", None)
-    return by != "dataset" or (states is not None and states.folder is not None)
+    kept = {
+        "responses": by != "dataset",
+        "hidden states": states is not None and states.folder is not None,
+    }
+    key = json.dumps(plain(spec)["data"])
+    return {purpose: key for purpose, is_shared in kept.items() if is_shared}
 
 
 def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:

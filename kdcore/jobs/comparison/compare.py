@@ -17,7 +17,7 @@ from typing import Any
 from kdcore.components.choice import choices
 from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.decoding.build import refuse_untrainable
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, in_field, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
@@ -53,7 +53,7 @@ from kdcore.runs.results import (
 )
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec
-from kdcore.specs.parts.changes import changed
+from kdcore.specs.parts.changes import changed, has
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 
@@ -248,7 +248,8 @@ def _refuse_untrainable(spec: CompareSpec, registry: Registry) -> None:
         try:
             refuse_untrainable(asked.drafter, assembly)
         except UserError as wrong:
-            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
+            field = f"arms.{arm}.drafter" if has(changes, "drafter") else "base.drafter"
+            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure, field) from wrong
 
 
 def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
@@ -257,8 +258,10 @@ def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -
     if spec.validation is None or reported is None:
         return
     assembly = Assembly(registry)
-    sources = (assembly.build(each) for each in (reported, spec.validation))
-    rows, chosen_on = (_contents(source.read()) for source in sources)
+    with in_field("base.data.heldout"):
+        rows = _contents(assembly.build(reported).read())
+    with in_field("validation"):
+        chosen_on = _contents(assembly.build(spec.validation).read())
     if shared := len(rows & chosen_on):
         progress.note(
             f"{shared} of {len(rows)} held-out rows are also in validation, which chooses the grid "

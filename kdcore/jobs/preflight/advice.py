@@ -12,6 +12,7 @@ from kdcore.data.encoded.stream_windows import FirstExamples
 from kdcore.data.responses.file import questions_of
 from kdcore.data.source import DataSource
 from kdcore.data.templates.rendering import render
+from kdcore.models.loading.cut import kept_layers
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import lost_updates
@@ -43,6 +44,27 @@ def advice(
     """
     lost = lost_updates(spec, dtype) if isinstance(spec, DistillSpec) else None
     return tuple(filter(None, [lost, *_advice(spec, sources, tokenizer, seconds)]))
+
+
+def low_layers(spec: DistillSpec, cut_from: int | None) -> str | None:
+    """Say that a cut student keeps nothing of the upper half of its model.
+
+    Args:
+        spec: The spec.
+        cut_from: See `kdcore.models.facts.ModelFacts`.
+
+    Returns:
+        The warning, or None.
+    """
+    if cut_from is None or spec.student.layers is None:
+        return None
+    last = kept_layers(spec.student.layers, cut_from)[-1]
+    if 2 * (last + 1) > cut_from:
+        return None
+    return (
+        f"student.layers ends at layer {last}, and the model has the layers 0 to {cut_from - 1}: "
+        "if the list is that of another model, spread it over all layers, and keep the last one"
+    )
 
 
 def _advice(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 from kdcore.components.registry import Registry, installed
-from kdcore.decoding.build import build_before_target
-from kdcore.evaluation.speed.turns import encoded, prompt_count, read_questions
+from kdcore.errors import in_field
+from kdcore.evaluation.speed.turns import prompt_count
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
+from kdcore.jobs.resolution.benchmark import read_sets, refuse_methods
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loading.load import load_model
 from kdcore.runs.folder import Run
 from kdcore.specs.bench import BenchSpec
-from kdcore.specs.parts.decoding import sampling_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,12 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
     """
     registry = registry or installed()
     Run(spec.run).refuse_foreign()
-    for temperature, drafting in product(spec.temperatures, spec.methods.values()):
-        build_before_target(drafting, sampling_at(temperature), registry)
-    device = chosen_device(spec.device)
-    for baseline in spec.baselines.values():
-        Assembly(registry).build(baseline)
-    target = load_model(spec.target, weights=False)
-    questions = {
-        name: read_questions(Assembly(registry).build(choice), name, spec)
-        for name, choice in spec.sets.items()
-    }
-    prompts = {name: encoded(rows, name, spec, target) for name, rows in questions.items()}
+    refuse_methods(spec, registry)
+    device, assembly = chosen_device(spec.device), Assembly(registry)
+    assembly.built("baselines", spec.baselines)
+    with in_field("target"):
+        target = load_model(spec.target, weights=False)
+    questions, prompts = read_sets(spec, target, assembly)
     first = next(iter(prompts.values()))[0]
     cost = None
     if spec.methods:

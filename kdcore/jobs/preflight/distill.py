@@ -1,4 +1,4 @@
-"""Preflight of distill and compare specs: resolve everything and train nothing.
+"""Preflight of distill specs: resolve everything and train nothing.
 
 Models are built without weights, components are built in full, and a sample of the data is encoded.
 """
@@ -9,14 +9,13 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, installed
 from kdcore.data.alignment.prompted_rows import PromptedSource
 from kdcore.errors import UserError
 from kdcore.jobs.preflight import estimates
-from kdcore.jobs.preflight.advice import advice
+from kdcore.jobs.preflight.advice import advice, low_layers
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
@@ -24,15 +23,10 @@ from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolution.images import image_warnings, refuse_other_patches
 from kdcore.jobs.resolution.resolved import ResolvedDistill
 from kdcore.jobs.resolution.teaching import refuse_long_prompts
-from kdcore.models.facts import (
-    describe_model,
-)
-from kdcore.runs.comparison_results import refuse_unmeasured
+from kdcore.models.facts import describe_model
 from kdcore.runs.folder import Run
 from kdcore.runs.today import pinned
-from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.parts.changes import changed, nested
 from kdcore.specs.parts.teachers import origin_of
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import micro_batches
@@ -131,6 +125,7 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         aligned=models.aligned,
         warnings=(
             *advice(spec, sources, tokenizer, sum(seconds.values()), models.student.model.dtype),
+            *filter(None, [low_layers(spec, models.student.cut_from)]),
             *image_warnings(spec, sources),
         ),
         adapted=sum(trained) if spec.student.lora else None,
@@ -148,43 +143,6 @@ def _share(spec: DistillSpec, train: DataFacts, beside: DataFacts | None) -> flo
     if asked is None or beside is None or not of_train:
         return 0.0
     return (asked.batch_size or spec.training.batch_size) * beside.tokens / of_train
-
-
-def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> dict[str, Any]:
-    """Resolve each arm of a comparison, and estimate the cost of one seed.
-
-    Args:
-        spec: The compare spec.
-        registry: The components that the spec may name (default: the installed ones).
-
-    Returns:
-        Arm -> findings of its job's preflight, a `Report` for kdcore's own jobs; empty for a job
-        without a preflight. Controls cost as much as their arm.
-
-    Raises:
-        UserError: An arm could not start; the message begins with its name.
-    """
-    registry = registry or installed()
-    Run(spec.run).refuse_foreign()
-    refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
-    job, point = registry.job(spec.base.job), nested(spec.points[0])
-    reports: dict[str, Any] = {}
-    if job.preflight is None:
-        return reports
-    for arm, changes in spec.arms.items():
-        try:
-            reports[arm] = job.look_ahead(
-                changed(changed(spec.base, changes), point), registry=registry
-            )
-        except UserError as wrong:
-            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure) from wrong
-    if spec.validation:
-        try:
-            tried = changed(spec.base, {"data": {"heldout": spec.validation.dump()}})
-            job.look_ahead(tried, registry=registry)
-        except UserError as wrong:
-            raise UserError(f"validation: {wrong.cause}", wrong.cure) from wrong
-    return reports
 
 
 def steps_of(spec: TrainedSpec, train: DataFacts) -> int:

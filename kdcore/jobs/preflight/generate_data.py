@@ -9,7 +9,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.endpoint.answers import EndpointAnswers
 from kdcore.data.source import DataSource
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.jobs.preflight import estimates
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.load import load_model
@@ -57,9 +57,11 @@ def preflight_generation(
     count = sum(c.turns for c in asked)
     tokens = count * spec.responses.max_new_tokens
     if isinstance(spec.teacher, EndpointSpec):
-        EndpointAnswers(spec.teacher, spec.responses).plan(asked)
+        with in_field("teacher"):
+            EndpointAnswers(spec.teacher, spec.responses).plan(asked)
         return GenerationReport(spec.teacher.model, len(asked), count, tokens, None)
-    teacher = load_model(spec.teacher, weights=False)
+    with in_field("teacher"):
+        teacher = load_model(spec.teacher, weights=False)
     config = teacher.model.config.get_text_config()
     speed = estimates.throughput(1024, config.hidden_size, teacher.model.dtype)
     seconds = estimates.generating(teacher, tokens, speed)
@@ -67,11 +69,13 @@ def preflight_generation(
 
 
 def _conversations(spec: GenerateDataSpec, registry: Registry) -> Sequence[Conversation]:
-    source: DataSource = Assembly(registry).build(spec.source)
-    asked = source.read()
+    with in_field("source"):
+        source: DataSource = Assembly(registry).build(spec.source)
+        asked = source.read()
     if not all(isinstance(example, Conversation) for example in asked):
         raise UserError(
             f"source '{spec.source.name}' does not contain conversations",
             "choose a source of conversations, e.g. chat",
+            "source",
         )
     return asked

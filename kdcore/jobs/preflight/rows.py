@@ -15,7 +15,7 @@ from kdcore.data.encoded.stream_windows import FirstExamples, stream_of
 from kdcore.data.responses.file import questions_of
 from kdcore.data.rows import padding_share, refuse_long_stream
 from kdcore.data.source import DataSource
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.method.records import Row
 from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
 from kdcore.models.loading.loaded import LoadedModel
@@ -141,6 +141,14 @@ def data_facts(
         UserError: The source is empty, has no learned positions, or has a row that is too long
             for a model.
     """
+    with in_field(f"data.{name}"):
+        return _facts(source, name, spec, models)
+
+
+def _facts(
+    source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
+) -> DataFacts:
+    """See `judge`."""
     examples, limit = source.read(), spec.data.max_length
     tokenizer, contexts = models[0].tokenizer, [Context.of(model) for model in models]
     if not len(examples):

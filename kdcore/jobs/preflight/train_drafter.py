@@ -177,13 +177,14 @@ class _Drafting:
                 choosing.rows if choosing and choosing is not held else 0,
             )
         )
-        runs = train.rows if spec.data.hidden_states else seen  # of the target over a training row
+        stored = spec.data.hidden_states is not None  # the target reads a training row once
         answers = sum(facts.generated for facts in self.data.values())
         longest = spec.data.responses.max_new_tokens
         probed = probed_rows(training, steps)
         return {
             "responses": generating(self.target, answers * longest, speed),
-            "training": (runs * forward + seen * drafted * (1 + 2 * streams)) / speed,
+            "hidden states": train.rows * forward / speed if stored else 0.0,
+            "training": seen * (forward * (not stored) + drafted * (1 + 2 * streams)) / speed,
             "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
             "measuring": measured * (forward + drafted) / speed,
         }

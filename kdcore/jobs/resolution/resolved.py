@@ -117,10 +117,11 @@ class ResolvedDistill:
         if not before_cache:
             refuse_no_teacher(spec, method.objective, method.auxiliary)
         refuse_across_tokenizers(spec, method.objective)
-        sources = {name: assembly.build(choice) for name, choice in spec.data.sources.items()}
+        sources = assembly.built("data", spec.data.sources)
         refuse_augmentation(spec, sources["train"], cached=before_cache)
         refuse_stream(spec, sources["train"], cached=before_cache)
-        asked = sources["heldout"].read() if spec.evaluation.answers else []
+        with in_field("data.heldout"):
+            asked = sources["heldout"].read() if spec.evaluation.answers else []
         ranks = Ranks(processes(spec))
         with in_field("evaluation.answers"):
             scores = Scores.build(spec.evaluation.answers, assembly.build, asked, ranks)
@@ -348,13 +349,15 @@ class ResolvedDrafter:
         assembly = Assembly(registry)
         method = Method.build(spec, assembly, run)
         _refuse_reference(method.objective)
-        refuse_untrainable(spec.drafter, assembly)
+        with in_field("drafter"):
+            refuse_untrainable(spec.drafter, assembly)
         sources = _text_sources(spec, assembly)
         set_seed(spec.seed)  # for the initial weights of the drafter
         with (progress or Silent()).stage("load the target", 1) as stage:
             device = process_device() if weights else None  # where the drafter is then made
-            target = load_model(spec.target, weights=weights, device=device)
-            with nullcontext() if weights else torch.device("meta"):
+            with in_field("target"):
+                target = load_model(spec.target, weights=weights, device=device)
+            with in_field("drafter"), nullcontext() if weights else torch.device("meta"):
                 drafter: Any = assembly.build(spec.drafter)
                 drafter.bind(target.model, target.tokenizer)
             stage.advance()
@@ -365,13 +368,12 @@ class ResolvedDrafter:
 
 def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
     """Build the spec's data sources. Raises UserError for a source of classification rows."""
-    sources: dict[str, DataSource] = {}
-    for name, choice in spec.data.sources.items():
-        sources[name] = assembly.build(choice)
-        if model_kind(sources[name]) is not AutoModelForCausalLM:
+    sources = assembly.built("data", spec.data.sources)
+    for name, source in sources.items():
+        if model_kind(source) is not AutoModelForCausalLM:
             raise UserError(
-                f"data.{name}: source '{choice.name}' provides rows for a classifier, and a "
-                "drafter learns next tokens",
+                f"data.{name}: source '{spec.data.sources[name].name}' provides rows for a "
+                "classifier, and a drafter learns next tokens",
                 "choose a source of text for a language model, e.g. chat",
                 f"data.{name}",
             )

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,11 @@ def _section(
     return "\n".join(lines) + "\n"
 
 
+def _is_answered(conversation: Conversation) -> bool:
+    """Whether any of its turns has a response."""
+    return any(message.role == "assistant" for message in conversation.messages)
+
+
 def _called(message: Message) -> str:
     """The names of the tools that a message calls."""
     calls = message.fields.get("tool_calls") or ()
@@ -207,10 +213,11 @@ def _findings(
         elif name not in ("name", "path", "tidy"):
             yield f"  {name}: the field '{value}'"
     if "tidy" in source:
-        yield (
-            "  tidy: successive turns of one role are joined; "
-            f"left out for want of a response: {counted(left_out, 'conversation')}"
-        )
+        yield "  tidy: successive turns of one role are joined"
+        if left_out:
+            yield f"  left out for want of a response: {counted(left_out, 'conversation')}"
+        for note, count in Counter(note for row in rows for note in row.notes).items():
+            yield f"  in {count} of {len(rows)}, {note.removesuffix(' (tidy)')}"
     yield "  the first conversation:"
     for message in rows[0].messages[:SHOWN]:
         text = " ".join(message.content.split()) or _called(message)
@@ -218,6 +225,11 @@ def _findings(
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
+        replaced = sum(row.messages[-1].role == "user" and _is_answered(row) for row in rows)
+        if replaced:
+            yield f"  {replaced} of {len(rows)} end in a turn of the user, but have earlier answers"
+            yield "  that it replaces; to learn those without the last turn, set tidy: true in"
+            yield "  data.train, and data.responses.by: dataset"
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
     marked = sum(

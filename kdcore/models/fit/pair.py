@@ -89,23 +89,27 @@ class TeacherAndStudent:
                 fit together.
         """
         sharded = student_file is not None
-        refuse_quantized_training(spec.student, spec.local_teacher, sharded=sharded)
+        with in_field("student"):
+            refuse_quantized_training(spec.student, spec.local_teacher, sharded=sharded)
         source, aligned = sources["train"], spec.method.alignment is not None
         kind = model_kind(source)
         number = (3 if reference else 2) + len(spec.local_teachers)
         with (progress or Silent()).stage("load models", number) as stage:
             local = spec.local_teacher
             arguments: Any = {"kind": kind, "weights": weights, "device": device}
-            teacher = load_model(local, **arguments) if local else None
+            with in_field("teacher"):
+                teacher = load_model(local, **arguments) if local else None
             stage.advance()
             several = {}
             for name, asked in spec.local_teachers.items():
-                several[name] = load_model(asked, **arguments)
+                with in_field(f"teachers.{name}"):
+                    several[name] = load_model(asked, **arguments)
                 stage.advance()
             third = None
             if reference:
                 named = ModelSpec.model_validate({"model": reference})
-                third = load_model(named, **arguments)
+                with in_field("method.gates"):
+                    third = load_model(named, **arguments)
                 stage.advance()
             known = [model for model in (teacher, *several.values(), third) if model is not None]
             own_labels = known[0].labels if known and known[0] is not third else {}
@@ -117,14 +121,15 @@ class TeacherAndStudent:
                 "multi_label": getattr(source, "multi_label", False),
                 "classes": None if aligned else min(widths, default=None),
             }
-            if student_file is None:
-                student = load_student(spec.student, teacher, **(its | arguments))
-            else:
-                student = mapped_student(
-                    student_file,
-                    lambda: load_student(spec.student, teacher, **its),
-                    lambda: _outlined(spec, teacher, its),
-                )
+            with in_field("student"):
+                if student_file is None:
+                    student = load_student(spec.student, teacher, **(its | arguments))
+                else:
+                    student = mapped_student(
+                        student_file,
+                        lambda: load_student(spec.student, teacher, **its),
+                        lambda: _outlined(spec, teacher, its),
+                    )
                 set_padding(student.model, (teacher or student).tokenizer)  # outlines have none
             stage.advance()
         if aligned and teacher is not None:
@@ -135,7 +140,8 @@ class TeacherAndStudent:
         others = [student] if third is None else [student, third]
         others += several.values()
         cure = _NO_ALIGNMENT if spec.teachers else _ONE_VOCABULARY
-        classes = min(shared_vocabulary(first, other, cure) for other in others)
+        with in_field("student"):
+            classes = min(shared_vocabulary(first, other, cure) for other in others)
         for other in several.values() if weights else ():
             set_padding(other.model, first.tokenizer)
         if third is not None and weights:

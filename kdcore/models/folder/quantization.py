@@ -14,7 +14,7 @@ from transformers.quantizers.auto import (
 )
 
 from kdcore.components.optional_packages import optional_package
-from kdcore.errors import UserError, nearest
+from kdcore.errors import UserError, in_field, nearest
 from kdcore.models.folder.config import read_config, readable
 from kdcore.models.folder.files import model_folder
 from kdcore.models.folder.weights import weight_files
@@ -108,8 +108,9 @@ def refuse_quantized_training(
     named = teacher if spec.model == "teacher" else spec
     if named is None or spec.model == "new":
         return
-    config = read_config(model_folder(named, weights=False), named)
-    asked = quantization_config(named, config)
+    with in_field("teacher" if spec.model == "teacher" else "student"):
+        config = read_config(model_folder(named, weights=False), named)
+        asked = quantization_config(named, config)
     method = method_of(config) if asked is None else str(asked.quant_method.value)
     if method is None:
         return

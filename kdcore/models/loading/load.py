@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdcore.errors import UserError
+from kdcore.models.anatomy import layers_of
 from kdcore.models.folder.config import (
     MULTI_LABEL,
     classifies,
@@ -149,8 +150,9 @@ def load_student(
         own = _new(spec, teacher, kind, labels, weights, multi_label, device)
     else:
         own, _ = _load(spec, kind, weights, device, labels, multi_label)
-    name, base, model = own.name, own.digest, own.model
+    name, base, model, whole = own.name, own.digest, own.model, None
     if spec.layers is not None:
+        whole = len(layers_of(model))
         model = cut_layers(model, spec.layers)
         name = f"{name}, layers {spec.layers}"
         base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
@@ -169,7 +171,7 @@ def load_student(
         model = with_adapters(model.requires_grad_(False), spec.lora)
         # else the folder that was read, which may be this machine's copy of a GGUF file
         cast(Any, model).peft_config["default"].base_model_name_or_path = name
-    return LoadedModel(model, own.tokenizer, name, base, own.kind, bytes=own.bytes)
+    return LoadedModel(model, own.tokenizer, name, base, own.kind, bytes=own.bytes, cut_from=whole)
 
 
 def _refuse_router_loss(config: Any, name: str) -> None:

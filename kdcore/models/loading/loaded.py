@@ -31,6 +31,7 @@ class LoadedModel:
             where it equals ``digest``.
         placed: Whether the model has a place of its own, which `to` does not change.
         bytes: Memory of the weights of a model on the meta device, where they will be quantised.
+        cut_from: Number of layers of the model that a student was cut from; None for a whole model.
     """
 
     model: PreTrainedModel
@@ -41,6 +42,7 @@ class LoadedModel:
     files: str | None = None
     placed: bool = False
     bytes: int | None = None
+    cut_from: int | None = None
 
     @property
     def labels(self) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +50,36 @@ def read_spec(
     return _validated(document, path.parent, sets, registry, given_as)
 
 
-def placed(path: Path, sets: Sequence[str], found: Sequence[UserError]) -> UserError:
-    """State where in a spec file mistakes are that were found after it was read.
+@contextmanager
+def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") -> Iterator[None]:
+    """State where in a spec file the mistakes are that are raised inside and name a field.
+
+    The file is read at once: a run may replace it, if it is the copy in its folder. A pipe, which
+    cannot be read twice, has no lines to state.
 
     Args:
         path: Spec file.
         sets: See `read_spec`.
-        found: The mistakes, with their fields.
+        given_as: See `read_spec`.
 
-    Returns:
-        All mistakes as one error, each with its line or assignment.
+    Raises:
+        UserError: A mistake was raised inside; now each has its line or assignment.
     """
+    if not path.is_file():
+        yield
+        return
     document = _Document.of_text(_text(path), str(path))
     for assignment in sets:
-        document.set(assignment, "--set")
-    return document.error(
-        [Mistake(tuple(filter(None, m.field.split("."))), m.cause, m.cure) for m in found]
-    )
+        document.set(assignment, given_as)
+    try:
+        yield
+    except UserError as wrong:
+        found = wrong.found if isinstance(wrong, Mistakes) else [wrong] if wrong.field else []
+        if not found:
+            raise
+        raise document.error(
+            [Mistake(tuple(filter(None, m.field.split("."))), m.cause, m.cure) for m in found]
+        ) from wrong
 
 
 def parse_spec(
@@ -202,8 +216,9 @@ class _Document:
             cause = f"{label}: {'' if m.what.startswith(m.dotted) else m.dotted + ': '}{m.what}"
             cure = m.cure
             if not one_cure:
-                cure = cure.removeprefix("change it; ").removeprefix(f"{m.place[-1]}: ")
-                cure = f"{m.dotted}: {cure}"
+                cure = cure.removeprefix("change it; ")
+                if m.place:
+                    cure = f"{m.dotted}: {cure.removeprefix(f'{m.place[-1]}: ')}"
             placed.append(UserError(cause, cure))
         return placed[0] if len(every) == 1 else Mistakes(placed, len(every) - len(placed))
 

@@ -42,6 +42,7 @@ def test_check_accepts_what_init_wrote(kdcore: Kdcore, starter: list[str]) -> No
         "speckd",
         "1 x kd",
         "teacher: teacher (LlamaForCausalLM)",
+        "2 of 4",
         "teacher and student share 290 classes",
         "the teacher generates 40 responses first",
         "of the positions of a batch (",

@@ -14,7 +14,7 @@ from kdcore.jobs.preflight.distill import preflight
 from kdcore.jobs.preflight.report import Report
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.specs.distill import DistillSpec
-from kdcore.specs.reading.file import placed, read_spec
+from kdcore.specs.reading.file import placing, read_spec
 from tests.fixtures.json_lines import write_lines
 from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
 
@@ -231,6 +231,16 @@ def test_heldout_rows_that_are_trained_on_are_told(folder: Path, tmp_path: Path)
     assert not told(folder, "data.heldout=20 %")
 
 
+def test_layers_of_a_smaller_model_are_told(folder: Path) -> None:
+    found = report(folder, "student.layers=[0, 1]")
+    assert any("ends at layer 1, and the model has the layers 0 to 3" in w for w in found.warnings)
+    student = found.models["student"]
+    assert (student.layers, student.cut_from) == (2, 4)
+    for spread in ("[0, 2]", "[1, -1]"):
+        warnings = report(folder, f"student.layers={spread}").warnings
+        assert not any("ends at layer" in line for line in warnings)
+
+
 def test_text_that_the_template_adds_is_told(folder: Path, tmp_path: Path) -> None:
     assert any("'system You are helpful'" in line for line in report(folder).warnings)
     assert not report(folder, "data.train.system=Be brief.").warnings
@@ -258,7 +268,9 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
     assert found["student"].cure.endswith("; or remove layers, which keeps all of them")
     assert found["training.report_to"].cure == "run: pip install swanlab, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
-    located = placed(folder / "spec.yaml", sets, raised.value.found).cause.splitlines()
+    with pytest.raises(Mistakes) as placed, placing(folder / "spec.yaml", sets):
+        raise raised.value
+    located = placed.value.cause.splitlines()
     file = folder / "spec.yaml"
     assert [line.partition("=")[0] for line in located] == [
         "--set data.heldout",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, TrainingDiverged, UserError
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
-from kdcore.specs.reading.file import read_spec
+from kdcore.specs.reading.file import placing, read_spec
 from tests.tiny.toy_components import InvertedParams, SpeckdParams, registry
 
 GOOD = """\
@@ -339,6 +339,25 @@ def test_a_params_model_that_breaks_is_its_distributions_fault(
         "gate 'speckd': ZeroDivisionError: oh"
     )
     assert "reinstall that package" in error.cure
+
+
+def test_mistakes_that_a_run_finds_are_placed_as_far_as_their_fields_are_known(
+    spec_file: Path,
+) -> None:
+    spec_file.write_text(GOOD)
+    found = [UserError("no field", "cure 1"), UserError("a layer", "cure 2", "student.layers")]
+    with pytest.raises(UserError) as caught, placing(spec_file, ["training.steps=7"]):
+        raise Mistakes(found)
+    assert str(caught.value).splitlines() == [
+        "spec.yaml:1: no field",
+        "spec.yaml:5: student.layers: a layer",
+        "cure 1",
+        "student.layers: cure 2",
+    ]
+    with pytest.raises(UserError, match=r"^no field\n"), placing(spec_file):
+        raise UserError("no field", "cure")
+    with pytest.raises(TrainingDiverged), placing(spec_file):
+        raise TrainingDiverged("the loss is NaN", "lower it")
 
 
 def test_the_resolved_spec_of_a_run_reads_as_the_same_spec(spec_file: Path) -> None:

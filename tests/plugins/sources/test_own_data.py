@@ -232,6 +232,40 @@ def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> 
     assert len(read(drafter.data.heldout)) == 3
 
 
+@pytest.mark.parametrize(("every", "told"), [(4, True), (1, False)])
+def test_conversations_that_end_in_a_user_turn_are_counted(
+    every: int, told: bool, tmp_path: Path
+) -> None:
+    """Where some do, the turn is left out; where all do, they are prompts with earlier answers."""
+    turns = [["user", "assistant"] + ["user"] * (n % every == 0) for n in range(40)]
+    rows = [
+        {"messages": [{"role": role, "content": f"{role} {n} {place}"}
+                      for place, role in enumerate(each)]}
+        for n, each in enumerate(turns)
+    ]  # fmt: skip
+    write_lines(tmp_path / "rows.jsonl", rows)
+    found, said = made("rows.jsonl", tmp_path)
+    assert ("in 10 of 40, user turns after the last response are left out" in said) == told
+    assert ("40 of 40 end in a turn of the user, but have earlier answers" in said) != told
+    assert found.data.responses.by == ("dataset" if told else "teacher")
+    assert {len(each.messages) for each in read(found.data.train)} == {2 if told else 3}
+
+
+def test_turns_that_all_begin_twice_are_joined_and_answers_stay(tmp_path: Path) -> None:
+    """Each conversation has successive turns of the user, so that without `tidy` none is whole."""
+    lines = ["ticket,author,body"]
+    for n in range(30):
+        said = ["customer,Hi", f"customer,My order {n} is late", f"agent,Sorry about order {n}"]
+        lines += [f"T{n},{each}" for each in said + ["customer,thanks"] * (n % 3 == 0)]
+    (tmp_path / "tickets.csv").write_text("\n".join(lines))
+    found, said = made("tickets.csv", tmp_path)
+    assert found.data.responses.by == "dataset"
+    assert "in 10 of 30, user turns after the last response are left out" in said
+    assert turns(read(found.data.train)[0]) == [
+        ("user", "Hi\nMy order 0 is late"), ("assistant", "Sorry about order 0")
+    ]  # fmt: skip
+
+
 def test_parts_do_not_overlap_and_depend_on_what_is_asked(tmp_path: Path) -> None:
     """Neither the order of the rows nor a second answer to a question moves one across."""
     rows = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(40)]

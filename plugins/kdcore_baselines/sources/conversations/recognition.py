@@ -29,6 +29,7 @@ from kdcore_baselines.sources.conversations.rows import (
     is_answered,
 )
 from kdcore_baselines.sources.conversations.selection import grouped
+from kdcore_baselines.sources.conversations.tidying import UNANSWERED
 from kdcore_baselines.sources.conversations.turn_names import (
     exchanged,
     is_role,
@@ -139,11 +140,18 @@ def _tidied(rows: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[s
     answered = _answered(rows, params)
     if answered and all(answered):
         return params
-    return tidy if any(answered or _answered(rows, tidy)) else None
+    # where each conversation ends in a user turn, that turn is the prompt
+    joined = _answered(rows, tidy, to_the_end=bool(answered))
+    return tidy if any(answered) or any(joined) else None
 
 
-def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[bool]:
-    """Whether each conversation has all responses; empty if none has, or if a row is not read."""
+def _answered(
+    rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any], *, to_the_end: bool = False
+) -> list[bool]:
+    """Whether each conversation has all responses; empty if none has, or if a row is not read.
+
+    ``to_the_end``: whether one counts as unanswered that loses its last user turns to ``tidy``.
+    """
     named = ConversationParams(**params)
     reader, placed = ConversationRows(named, ""), (("", row) for row in rows)
     read = placed if named.group is None else grouped(placed, named.group, named)
@@ -153,7 +161,8 @@ def _answered(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> l
         return []
     if not any(message.role == "assistant" for each in found for message in each.messages):
         return []
-    return [is_answered(each) for each in found]
+    lost = UNANSWERED if to_the_end else None
+    return [is_answered(each) and lost not in each.notes for each in found]
 
 
 def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

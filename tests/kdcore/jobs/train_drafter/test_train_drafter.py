@@ -336,7 +336,13 @@ def test_the_preflight_says_what_is_trained_and_touches_nothing(
     assert (found.classes, found.terms, found.steps) == (40, {"kd": 1.0}, 72)
     assert found.train.generated == 9 and found.heldout and found.heldout.generated == 4
     assert all(size > 0 for name, size in found.memory.items() if name != "momentum policy")
+    assert found.seconds.pop("hidden states") == 0
     assert all(seconds > 0 for seconds in found.seconds.values())
+    asked = spec_of(tmp_path, target, training=training).model_dump(mode="json")
+    asked["data"]["hidden_states"] = {}
+    stored = TrainDrafterSpec.model_validate(asked, context={"registry": REGISTRY})
+    apart = preflight_drafter(stored, registry=REGISTRY).seconds
+    assert apart["hidden states"] > 0 and apart["training"] < found.seconds["training"]
     assert not (tmp_path / "run").exists()
     streams = {"splitters": ["target_split"], "momentum": "deepkd"}
     apart = preflight_drafter(

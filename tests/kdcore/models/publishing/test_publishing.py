@@ -20,6 +20,7 @@ from kdcore.models.loading.load import load_model
 from kdcore.models.publishing import formats
 from kdcore.models.publishing.formats import export_model
 from kdcore.models.publishing.upload import upload
+from kdcore.runs import whole_files
 from kdcore.runs.whole_files import PART
 from kdcore.specs.distill import LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
@@ -93,6 +94,25 @@ def test_a_copy_that_is_read_differently_is_not_kept(
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(UserError, match="already exists"):
         export_model(spec(model), formats.FULL, tmp_path / "full")
+
+
+def test_two_exports_to_one_folder_do_not_mix(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = formats._refuse_other_logits
+
+    def meanwhile(*given: object) -> None:
+        monkeypatch.setattr(formats, "_refuse_other_logits", check)
+        with pytest.raises(UserError, match="another process is writing"):
+            export_model(spec(model), "torchao-int8", tmp_path / "copy")
+        check(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(whole_files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(formats, "_refuse_other_logits", meanwhile)
+    export_model(spec(model), formats.FULL, tmp_path / "copy")
+    assert not [*tmp_path.glob(f"*{PART}")]
+    copy, full = (load_model(spec(each)).model for each in (tmp_path / "copy", model))
+    assert torch.equal(logits(copy), logits(full))
 
 
 _REFUSAL = {"error": "You don't have the rights to create a model there"}

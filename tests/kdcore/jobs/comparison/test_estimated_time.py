@@ -1,0 +1,50 @@
+"""The time of all cells of a comparison."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kdcore.jobs.preflight.comparison import total_seconds
+from kdcore.specs.compare import CompareSpec
+
+ROWS = {"name": "chat", "path": "rows.jsonl"}
+SECONDS = {"responses": 100.0, "hidden states": 30.0, "training": 7.0}
+
+
+def estimated(data: dict[str, Any], arms: dict[str, Any]) -> float:
+    """The time of arms over two seeds, whose reports are alike."""
+    base = {
+        "job": "train-drafter",
+        "target": {"model": "target"},
+        "drafter": {"name": "medusa"},
+        "data": {"train": ROWS, "heldout": ROWS} | data,
+    }
+    spec = CompareSpec.model_validate(
+        {"job": "compare", "base": base, "arms": arms, "seeds": [0, 1]}
+    )
+    report: Any = SimpleNamespace(seconds=SECONDS)
+    return total_seconds(spec, dict.fromkeys(arms, report))
+
+
+ALIKE = {"a": {}, "b": {"training": {"steps": 3}}, "c": {"training": {"epochs": 2}}}
+SHORTER = {"a": {}, "b": {"data": {"responses": {"max_new_tokens": 7}}}}
+ANSWERED = {"responses": {"by": "target"}}
+
+
+@pytest.mark.parametrize(
+    ("data", "arms", "seconds"),
+    [
+        ({}, ALIKE, 6 * 137),  # the rows have responses
+        (ANSWERED, ALIKE, 100 + 6 * 37),
+        (ANSWERED, SHORTER, 2 * 100 + 4 * 37),
+        (ANSWERED | {"hidden_states": {"folder": "states"}}, ALIKE, 130 + 6 * 7),
+        ({"hidden_states": {}}, ALIKE, 6 * 137),  # each cell stores its own
+    ],
+)
+def test_what_cells_share_is_counted_once(
+    data: dict[str, Any], arms: dict[str, Any], seconds: float
+) -> None:
+    assert estimated({"responses": {"by": "dataset"}} | data, arms) == seconds
