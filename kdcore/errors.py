@@ -114,7 +114,7 @@ def unreadable(path: Path, fault: OSError, relative_to: str) -> UserError:
 def special_file(path: Path) -> UserError:
     """The mistake that data are a pipe, a socket or a device, which cannot be read twice."""
     return UserError(
-        f"{path} is neither a file nor a folder", "write what it says to a file, and name that"
+        f"{path} is neither a file nor a folder", "save its contents as a file, and name that file"
     )
 
 
@@ -177,14 +177,14 @@ def inside(outer: str) -> Iterator[None]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The cure for an unknown name: the nearest known one, or else all of them.
 
-    Returns e.g. ``did you mean 'speckd'?`` or ``known: all, speckd``.
+    Returns e.g. ``did you mean 'speckd'?`` or ``use one of: all, speckd``.
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
-    return "known: " + (", ".join(names[:MOST_NAMES]) or "none") + more
+    return f"use one of: {', '.join(names[:MOST_NAMES])}{more}" if names else "no name is known"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -240,7 +240,7 @@ def evaluate(
     asked: Any = read_spec(spec, *overrides, registry=registry)
     if not isinstance(asked, EvaluateSpec):
         raise UserError(
-            f"the spec is of the job {asked.job}, not evaluate", "call kdcore.run with the spec"
+            f"the spec names the job {asked.job}, not evaluate", "call kdcore.run with the spec"
         )
     with _placing(spec, overrides):
         return measured(asked, registry=registry, progress=progress)

@@ -61,8 +61,8 @@ Share: TypeAlias = Annotated[
     typer.Option(
         "--share",
         metavar="N/M",
-        help="Do the N-th of M shares of the cells, as other processes do theirs; the last one "
-        "to end writes the table.",
+        help="Run share N of M of the cells; other processes run the other shares, and the last "
+        "process to finish writes the table.",
     ),
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")]

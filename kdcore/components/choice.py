@@ -14,7 +14,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, Vali
 from pydantic_core import PydanticCustomError, core_schema
 
 from kdcore.components.registry import Registry, describe, installed
-from kdcore.errors import UserError, with_article
+from kdcore.errors import UserError, nearest, with_article
 
 COMPONENT_REFERENCE = "x-kdcore-component"
 """The JSON schema key of a reference that the installed components have yet to fill."""
@@ -68,7 +68,7 @@ class OfKind:
             raise _said(
                 f"must be the name of {with_article(self.kind)}, or {{name: NAME, "
                 "PARAMETER: VALUE}",
-                f"known: {', '.join(registry.names(self.kind)) or 'none'}",
+                nearest("", registry.names(self.kind)),
             )
         try:
             component = registry.component(self.kind, given["name"])

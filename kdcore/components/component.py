@@ -68,7 +68,7 @@ class Component:
         summary: One line for ``plugins list``.
         source: Paper or code that the method comes from.
         params: Subclass of `Params`, whose fields all have a description.
-        licence: Licence of that paper or code, if known.
+        licence: Licence of that paper or code; "" if it is not known.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ class Component:
     summary: str
     source: str
     params: type[BaseModel] = Params
-    licence: str = "method described in a public paper; implementation Apache-2.0"
+    licence: str = ""
 
     @property
     def place(self) -> str:

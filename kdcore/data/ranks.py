@@ -99,7 +99,7 @@ class Ranks:
                     raise UserError(
                         "another process of this run was lost: it was killed, or took longer than "
                         "training.trainer.ddp_timeout",
-                        "read what the other processes said, then rerun with --resume",
+                        "read the messages of the other processes, then rerun with --resume",
                     ) from fault
             with suppress(OSError):
                 if not file.exists():

@@ -87,8 +87,8 @@ class BenchSpec(SpecModel):
     limit: Count = Field(12, description="number of rows per set, taken at even intervals")
     turns: Count | None = Field(
         None,
-        description="maximum number of turns of a row that are decoded (default: all); in the "
-        "prompt of a later turn stand the target's greedy answers to those before",
+        description="maximum number of turns of a row that are decoded (default: all); the "
+        "prompt of a later turn contains the target's greedy answers to the earlier turns",
     )
     max_new_tokens: Count = Field(128, description="maximum length of an answer in tokens")
     temperatures: list[NonNegative] = Field(

@@ -73,8 +73,8 @@ class StudentSpec(ModelSpec):
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
-        description="dtype of the weights in memory; auto is that of the files; float16 cannot be "
-        "trained",
+        description="dtype of the weights in memory; auto: the dtype of the files; float16 cannot "
+        "be trained",
     )
     model: ModelName = Field(
         "teacher",

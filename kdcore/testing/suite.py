@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from kdcore.components.choice import Choice, OfKind
 from kdcore.components.component import Kind
 from kdcore.components.construction import BuildContext
 from kdcore.components.registry import Registry, installed
+from kdcore.errors import UserError
 from kdcore.method.protocols import MomentumPolicy, Stateful
 from kdcore.models.assembly import Assembly
 
@@ -228,13 +230,14 @@ class Checks(Protocol):
     name: ClassVar[str]
 
 
-def results(suite: type[Checks]) -> Iterator[Result]:
+def results(suite: type[Checks], package: str = "") -> Iterator[Result]:
     """Run every check of a suite, in the order of declaration.
 
     The checks are assertions, which ``python -O`` removes.
 
     Args:
         suite: The suite of a component.
+        package: The package with the code under test; a reason names its line that raised.
 
     Yields:
         The result of each check.
@@ -242,12 +245,25 @@ def results(suite: type[Checks]) -> Iterator[Result]:
     for check in checks(suite):
         try:
             getattr(suite(), check)()
+        except UserError as wrong:
+            reason = f"{wrong.cause} (fix: {wrong.cure})"
+            yield Result(suite.kind, suite.name, check, False, reason)
         except (Exception, SystemExit) as fault:
             said = f"{type(fault).__name__}: {fault}".removeprefix("AssertionError: ")
-            reason = textwrap.shorten(said, 400, placeholder=" ...")
+            reason = textwrap.shorten(said, 400, placeholder=" ...") + _place(fault, package)
             yield Result(suite.kind, suite.name, check, False, reason)
         else:
             yield Result(suite.kind, suite.name, check, True)
+
+
+def _place(fault: BaseException, package: str) -> str:
+    """The innermost line of a package that an exception passed, in brackets; "" without one."""
+    passed = [
+        f" ({frame.f_globals['__name__']}, line {line})"
+        for frame, line in traceback.walk_tb(fault.__traceback__)
+        if package and str(frame.f_globals.get("__name__")).partition(".")[0] == package
+    ]
+    return passed[-1] if passed else ""
 
 
 def checks(suite: type[Checks]) -> list[str]:

@@ -46,9 +46,9 @@ class Hidden(Params):
     pairs: list[tuple[StateNumber, StateNumber]] | None = Field(
         default=None,
         min_length=1,
-        description="pairs of hidden states, that of the student and that of the teacher: 0 is the "
-        "embedding, i the output of layer i, and -1 the last, after the final norm. null compares "
-        "each of the student's with the teacher's at the same relative depth",
+        description="pairs of a student's and a teacher's hidden state: 0 is the embedding, i the "
+        "output of layer i, and -1 the last one, after the final norm. null compares each state of "
+        "the student with the teacher's at the same relative depth",
     )
     distance: Literal["mse", "smooth_l1", "cosine"] = Field(
         default="mse",
@@ -72,9 +72,8 @@ class Attention(Params):
     pairs: list[tuple[StateNumber, StateNumber]] | None = Field(
         default=[(-1, -1)],
         min_length=1,
-        description="pairs of layers, that of the student and that of the teacher, from 1, and -1 "
-        "the last. null compares each layer of the student with the teacher's at the same relative "
-        "depth",
+        description="pairs of a student's and a teacher's layer, counted from 1; -1 is the last. "
+        "null compares each layer of the student with the teacher's at the same relative depth",
     )
     distance: Literal["kl", "mse", "mse_of_scores"] = Field(
         default="kl",
@@ -84,8 +83,8 @@ class Attention(Params):
     )
     maps: Literal["attention", "values"] = Field(
         default="attention",
-        description="maps that are compared: attention, those of the queries with the keys; "
-        "values, MiniLM's relations, those of the values with one another",
+        description="maps that are compared: attention (of queries and keys), or values (MiniLM's "
+        "relations of the values with one another)",
     )
     heads: Literal["each", "groups", "mean"] = Field(
         default="each",

@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused(spec: dict[str, Any], teacher: Path) -> None:
         kdcore.run(measured)
     with pytest.raises(kdcore.UserError, match="job 'evaluate' does not have a check"):
         kdcore.check(measured)
-    with pytest.raises(kdcore.UserError, match="is of the job distill, not evaluate"):
+    with pytest.raises(kdcore.UserError, match="names the job distill, not evaluate"):
         kdcore.evaluate(spec)
     with pytest.raises(kdcore.UserError, match=r"^dtype: "):
         kdcore.load_model(teacher, dtype="float8")  # type: ignore[arg-type]

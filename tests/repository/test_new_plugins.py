@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from kdcore import Component, registry_with
 from kdcore.components.registry import installed
 from kdcore.errors import UserError
+from kdcore.testing import suite_of
+from kdcore.testing.suite import results
+from kdcore_cli.plugin_authoring.plugin_check import show_results
 from kdcore_cli.plugin_authoring.plugin_package import EXAMPLES, write_package
 from tests.fixtures.clean_environment import INSTALL, Python, environment
 from tests.fixtures.processes.forked import KDCORE
@@ -90,6 +95,30 @@ def test_check_says_what_fails_and_why(python: Python, packages: Path) -> None:
     assert {r["check"] for r in outcome if not r["passed"]} == {
         "test_weights_are_between_floor_and_one"
     }
+
+
+def test_check_names_the_line_that_raised_and_a_reason_once(
+    tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site / "far_gate.py").write_text(
+        "class Far:\n"
+        "    def __init__(self, params, context):\n"
+        "        pass\n\n"
+        "    def __call__(self, batch):\n"
+        "        return batch.taecher\n"
+    )
+    component = Component(
+        kind="gate", name="far", build="far_gate:Far", summary="is broken", source="mine"
+    )
+    suite = suite_of(component, registry=registry_with(component))
+    found = [each for each in results(suite, "far_gate") if not each.passed]
+    (reason,) = {each.reason for each in found}
+    assert reason.startswith("AttributeError:") and reason.endswith("(far_gate, line 6)")
+    out = Console(width=80)
+    show_results(out, found)
+    shown = capsys.readouterr().out
+    assert shown.count("AttributeError") == 1
+    assert shown.count("for the same reason") == len(found) - 1 > 3
 
 
 @pytest.mark.parametrize(

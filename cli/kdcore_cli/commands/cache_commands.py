@@ -69,7 +69,7 @@ def build(
         typer.Option(
             "--share",
             metavar="N/M",
-            help="Add the N-th of M shares of the rows; `kdcore cache merge` joins the shares.",
+            help="Add share N of M of the rows; `kdcore cache merge` joins the shares.",
         ),
     ] = None,
     on: On = None,

@@ -34,7 +34,7 @@ First: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="DRAFTER",
-        help="Drafter that is asked before --drafter, which drafts where this one has nothing, "
+        help="Drafter that proposes before --drafter, which proposes where this one has nothing, "
         "e.g. '{name: suffix, least: 0.5}'.",
     ),
 ]
@@ -66,7 +66,7 @@ Dtype: TypeAlias = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Dtype of the weights: float32, bfloat16, float16, or auto for that of the files.",
+        help="Dtype of the weights: float32, bfloat16, float16, or auto: that of the files.",
     ),
 ]
 Attention: TypeAlias = Annotated[

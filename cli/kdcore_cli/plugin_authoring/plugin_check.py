@@ -57,14 +57,21 @@ def checked(name: str, assignments: Sequence[str], registry: Registry) -> Iterat
             reason = f"{missing} has no default and no example: add --set {place}=VALUE"
             yield Result(component.kind, component.name, "test_its_params_are_known", False, reason)
         else:
-            yield from results(suite_of(component, params=params, registry=registry))
+            suite = suite_of(component, params=params, registry=registry)
+            yield from results(suite, _package_of(component.build))
     for job in jobs:
         console.say("dim", "checking", f"job {job.name}")
         over = given.get((job.kind, job.name), {})
         sets = [f"{field}={json.dumps(value)}" for field, value in over.items()]
-        yield from results(job_suite_of(job, sets=sets, registry=registry))
+        yield from results(job_suite_of(job, sets=sets, registry=registry), _package_of(job.work))
     for plugin in plugins:
         yield from _of_commands(plugin, registry)
+
+
+def _package_of(place: Any) -> str:
+    """The package of ``module:attribute``, or of a class or a function."""
+    module = place.partition(":")[0] if isinstance(place, str) else place.__module__
+    return str(module).partition(".")[0]
 
 
 def _of_commands(plugin: Plugin, registry: Registry) -> Iterator[Result]:
@@ -94,13 +101,15 @@ def show_results(console: Console, outcome: Sequence[Result]) -> None:
         outcome: Results in the order of the rows.
     """
     rows = table("what", "check", "result")
-    above = None
+    above, told = None, set[tuple[str, str]]()
     for result in outcome:
         component = f"{result.kind} {result.name}"
-        said = Text("passed", "green") if result.passed else Text(f"failed: {result.reason}", "red")
+        reason = "for the same reason" if (component, result.reason) in told else result.reason
+        said = Text("passed", "green") if result.passed else Text(f"failed: {reason}", "red")
         check = result.check.removeprefix("test_").replace("_", " ")
         rows.add_row("" if component == above else Text(component, "bold"), check, said)
         above = component
+        told.add((component, result.reason))
     console.print(rows)
     failed = sum(not result.passed for result in outcome)
     console.print(f"{len(outcome) - failed} passed, {failed} failed")

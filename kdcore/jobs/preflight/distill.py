@@ -18,7 +18,7 @@ from kdcore.jobs.preflight import estimates
 from kdcore.jobs.preflight.advice import advice, low_layers
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
-from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
+from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
 from kdcore.jobs.preflight.teachers import teachers_of
 from kdcore.jobs.resolution.images import image_warnings, refuse_other_patches
 from kdcore.jobs.resolution.resolved import ResolvedDistill
@@ -53,7 +53,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
     try:
         return _report(spec, registry, run)
     except UserError as first:
-        raise_all(first, spec, registry, run, judge)
+        raise_all(first, spec, registry, run, data_facts)
 
 
 def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
@@ -69,19 +69,19 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
     objective, streams = method.objective, method.streams
     tokenizer = models.first.tokenizer
     source = sources["train"] if models.aligned else resolved.train_source
-    train = judge(source, "train", spec, resolved.readers)
+    train = data_facts(source, "train", spec, resolved.readers)
     if isinstance(source, PromptedSource):
         refuse_long_prompts(source.found.values(), models.answerer, spec)
     if models.aligned:  # refuses a row that is too long for the teacher
-        judge(sources["train"], "train", spec, [models.answerer])
+        data_facts(sources["train"], "train", spec, [models.answerer])
     heldout = None
     if "heldout" in sources:
-        heldout = judge(sources["heldout"], "heldout", spec, resolved.readers)
+        heldout = data_facts(sources["heldout"], "heldout", spec, resolved.readers)
     if "validation" in sources:
-        judge(sources["validation"], "validation", spec, resolved.readers)
+        data_facts(sources["validation"], "validation", spec, resolved.readers)
     beside = None
     if "auxiliary" in sources:
-        beside = judge(sources["auxiliary"], "auxiliary", spec, resolved.readers)
+        beside = data_facts(sources["auxiliary"], "auxiliary", spec, resolved.readers)
     steps, asked = steps_of(spec, train), spec.data.on_policy
     longer = asked.max_new_tokens if asked else 0
     often = asked.probability * estimates.rows_of(spec.training, steps) if asked else 0.0

@@ -1,4 +1,4 @@
-"""What the rows of a source are like, judged by a sample of them."""
+"""What the rows of a source are like, estimated from a sample of them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def sampled(sources: Mapping[str, DataSource]) -> dict[str, DataSource]:
     return {**sources, "train": FirstExamples(train)} if train and streams else dict(sources)
 
 
-def judge(
+def data_facts(
     source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
 ) -> DataFacts:
     """Estimate a source's statistics from evenly spread rows and from its longest one.
@@ -160,12 +160,12 @@ def _facts(
     if left_out := getattr(source, "left_out", ()):
         without = f"{counted(len(left_out), 'row')} without a response or a label left out"
         notes[without] = left_out[0]
-    judged = [
-        _judged(source, examples[place], spec, tokenizer, contexts, notes) for place in places
+    sizes_of_rows = [
+        _sizes_of(source, examples[place], spec, tokenizer, contexts, notes) for place in places
     ]
     longest = max(range(len(examples)), key=lambda place: _characters(examples[place]))
-    most = _judged(source, examples[longest], spec, tokenizer, contexts, notes)
-    sizes, learned, awaited = zip(*judged, strict=True)
+    most = _sizes_of(source, examples[longest], spec, tokenizer, contexts, notes)
+    sizes, learned, awaited = zip(*sizes_of_rows, strict=True)
     count = len(places)
     if not any(learned) and count == len(examples):
         raise UserError(
@@ -190,7 +190,7 @@ def _facts(
     )
 
 
-def _judged(
+def _sizes_of(
     source: DataSource,
     example: Any,
     spec: TrainedSpec,

@@ -28,7 +28,7 @@ from kdcore.jobs.preflight.estimates import (
 )
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
-from kdcore.jobs.preflight.rows import DataFacts, example_row, first_row, judge, sampled
+from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
 from kdcore.jobs.resolution.resolved import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.device import process_device
@@ -58,7 +58,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
     try:
         return _report(spec, registry, run)
     except UserError as first:
-        raise_all(first, spec, registry, run, judge)
+        raise_all(first, spec, registry, run, data_facts)
 
 
 def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
@@ -67,10 +67,10 @@ def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
     method, sources = resolved.method, sampled(resolved.sources)
     target, drafter = resolved.target, resolved.drafter
     objective, streams = method.objective, method.streams
-    judged = {name: judge(source, name, spec, [target]) for name, source in sources.items()}
+    data = {name: data_facts(source, name, spec, [target]) for name, source in sources.items()}
     facts = describe_model(target)
     classes = facts.classes if drafter.vocabulary is None else len(drafter.vocabulary)
-    drafting = _Drafting(spec, drafter, target, facts, classes, judged)
+    drafting = _Drafting(spec, drafter, target, facts, classes, data)
     terms = len(objective.weights)
     buffers = len(streams) if method.policy.owns_momentum else 0
     size = bytes_of(drafter.parameters())
@@ -97,10 +97,10 @@ def _report(spec: TrainDrafterSpec, registry: Registry, run: Run) -> Report:
             ),
         },
         classes=classes,
-        train=judged["train"],
-        heldout=judged.get("heldout"),
+        train=data["train"],
+        heldout=data.get("heldout"),
         example=example_row(sources["train"], spec, target.tokenizer),
-        steps=steps_of(spec, judged["train"]),
+        steps=steps_of(spec, data["train"]),
         memory={
             "target": target.weight_bytes,
             "drafter": size,
@@ -120,7 +120,7 @@ class _Drafting:
 
     Attributes:
         classes: Number of classes that the drafter can propose.
-        judged: Field of ``data`` -> statistics of the source.
+        data: Field of ``data`` -> statistics of the source.
     """
 
     spec: TrainDrafterSpec
@@ -128,12 +128,12 @@ class _Drafting:
     target: LoadedModel
     facts: ModelFacts
     classes: int
-    judged: Mapping[str, DataFacts]
+    data: Mapping[str, DataFacts]
 
     def memory(self) -> dict[str, int]:
         """Purpose -> bytes at the peak of a step, beside the weights and their optimizer state."""
         training, width = self.spec.training, self.facts.hidden
-        positions = training.batch_size * self.judged["train"].longest
+        positions = training.batch_size * self.data["train"].longest
         itemsize = dtype_of(training).itemsize
         return {
             "features": positions * (len(self.drafter.layers) + 1) * width * 4,
@@ -147,7 +147,7 @@ class _Drafting:
 
         Raises UserError when all responses exist and the hidden states would exceed their limit.
         """
-        asked, train = self.spec.data.hidden_states, self.judged["train"]
+        asked, train = self.spec.data.hidden_states, self.data["train"]
         if asked is None:
             return {}
         origin = origin_of(asked, self.drafter, self.target)
@@ -159,8 +159,8 @@ class _Drafting:
     def seconds(self, streams: int, terms: int) -> dict[str, float]:
         """Purpose -> seconds, for a method with ``streams`` streams and ``terms`` terms."""
         spec, training, target = self.spec, self.spec.training, self.facts
-        train, held = self.judged["train"], self.judged.get("heldout")
-        choosing = self.judged.get("validation", held)
+        train, held = self.data["train"], self.data.get("heldout")
+        choosing = self.data.get("validation", held)
         rows = min(1024, max(1, round(training.batch_size * train.tokens)))
         speed = throughput(rows, target.hidden, dtype_of(training))
         body = target.parameters - target.classes * target.hidden
@@ -178,7 +178,7 @@ class _Drafting:
             )
         )
         stored = spec.data.hidden_states is not None  # the target reads a training row once
-        answers = sum(facts.generated for facts in self.judged.values())
+        answers = sum(facts.generated for facts in self.data.values())
         longest = spec.data.responses.max_new_tokens
         probed = probed_rows(training, steps)
         return {
@@ -195,7 +195,7 @@ class _Drafting:
 
         The drafter is on the meta device, so nothing is computed.
         """
-        tokens = self.judged["train"].tokens
+        tokens = self.data["train"].tokens
         counted = max(2, round(tokens))
         row = torch.zeros(1, counted, dtype=torch.int64, device="meta")
         width = len(self.drafter.layers) * self.facts.hidden

@@ -189,9 +189,10 @@ def _in_package(package: str, name: str) -> Path:
     home = Path(found.submodule_search_locations[0]).resolve()
     path = (home / name).resolve()
     if not path.is_relative_to(home) or path.suffix != ".gguf" or not path.is_file():
-        files = ", ".join(sorted(p.name for p in home.glob("*.gguf"))) or "none"
+        files = ", ".join(sorted(p.name for p in home.glob("*.gguf")))
         raise UserError(
-            f"package '{package}' does not contain a GGUF file {name}", f"known: {files}"
+            f"package '{package}' does not contain a GGUF file {name}",
+            f"use one of: {files}" if files else "name another package",
         )
     return path
 
@@ -245,12 +246,27 @@ def _dequantised(file: Path) -> Path:
     return made_once(cache_folder() / "gguf" / key, lambda place: dequantise(file, place))
 
 
-def file_digest(file: Path) -> str:
-    """A file's sha256, cached until the file changes.
+def file_version(file: Path) -> tuple[int, ...]:
+    """Facts of a file that differ after each change of it.
 
-    Its size and modification time alone do not show that: archives, `cp -p` and reproducible builds
-    set the time, and a clock may go back. The time at which the system saw its last change, and its
-    number in the file system, cannot be set. A cache that cannot be written costs time alone.
+    Its size and modification time alone do not: archives, `cp -p` and reproducible builds set the
+    time, and a clock may go back. The time at which the system saw its last change, and its number
+    in the file system, cannot be set.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The size, both times and the number.
+    """
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+
+
+def file_digest(file: Path) -> str:
+    """A file's sha256, cached until the file changes (`file_version`).
+
+    A cache that cannot be written costs time alone.
 
     Args:
         file: The file.
@@ -258,8 +274,7 @@ def file_digest(file: Path) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    facts = file.stat()
-    seen = (file, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+    seen = (file, *file_version(file))
     key = hashlib.sha256(repr(seen).encode()).hexdigest()
     known = cache_folder() / "sha256" / key
     with suppress(OSError):

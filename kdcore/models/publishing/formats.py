@@ -81,8 +81,8 @@ def _refuse_other_logits(model: Any, copy: Any, layout: str) -> None:
     ours, theirs = (each.eval()(input_ids=ids).logits.float().cpu() for each in (model, copy))
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(ours.abs().max())):
         raise UserError(
-            f"transformers reads other weights from the {layout} copy of {type(model).__name__} "
-            "than were saved",
+            f"transformers reads weights from the {layout} copy of {type(model).__name__} that "
+            "differ from the saved ones",
             f"set --format to one of {', '.join(each for each in FORMATS if each != layout)}",
         )
 

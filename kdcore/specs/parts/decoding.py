@@ -25,8 +25,8 @@ class DraftingSpec(SpecModel):
     )
     first: DrafterChoice | None = Field(
         None,
-        description="a drafter that reads tokens alone and is asked first, e.g. suffix; drafter or "
-        "folder drafts where it has nothing",
+        description="drafter that proposes first and reads tokens alone, e.g. suffix; drafter or "
+        "folder proposes where it has nothing",
     )
     tree: TreeChoice | None = Field(
         None, description="draft tree, for drafters that use one (default: the drafter's own)"

@@ -224,7 +224,7 @@ class ModelSpec(SpecModel):
         None, description="folder of the model inside the repository or folder"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights in memory; auto is that of the files"
+        "float32", description="dtype of the weights in memory; auto: the dtype of the files"
     )
     attention: (
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None

@@ -38,9 +38,9 @@ class StudentMethodSpec(MethodSpec):
         None,
         gt=0,
         le=1,
-        description="share by which the teacher's weights move to the student's after each "
-        "optimizer step, a moving average; 1 makes the teacher the student itself (default: the "
-        "teacher does not change)",
+        description="rate of the moving average that moves the teacher's weights towards the "
+        "student's after each optimizer step; 1 copies the student (default: the teacher does not "
+        "change)",
     )
 
 

@@ -153,7 +153,7 @@ def _job(document: _Document, registry: Registry) -> Job:
     name = document.data.get("job")
     if name is None:
         known = ", ".join(job.name for job, _ in registry.jobs())
-        raise document.error([Mistake(("job",), "missing field", f"add it; known: {known}")])
+        raise document.error([Mistake(("job",), "missing field", f"add it, one of: {known}")])
     try:
         return registry.job(str(name))
     except UserError as wrong:

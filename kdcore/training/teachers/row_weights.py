@@ -84,7 +84,7 @@ class RowWeights:
             unknown = next((name for name in weights if name not in self.names), None)
             if unknown is not None:
                 raise UserError(
-                    f"{id} names the teacher '{unknown}', which teachers does not have",
+                    f"{id} names the unknown teacher '{unknown}'",
                     f"{nearest(unknown, self.names)}; or read another field of the rows (teacher: "
                     "FIELD in data.train)",
                 )

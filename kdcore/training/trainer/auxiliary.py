@@ -24,7 +24,7 @@ AUXILIARY = "auxiliary"
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class MicroBatch:
     """Rows of a micro-batch, and how a model learns from them.
 
     Attributes:
@@ -123,13 +123,13 @@ class Auxiliary:
             made.append(self.collate([self.rows[place] for place in places]))
         return made
 
-    def learned(self, padded: dict[str, Any], whole: float) -> Learned:
+    def micro_batch(self, padded: dict[str, Any], whole: float) -> MicroBatch:
         """What the Trainer does with a batch of `of_step`."""
 
         def row_id(index: int) -> str:
             return self.rows.rows[index].id
 
-        return Learned(padded, whole, self.engine, self.view, row_id, (AUXILIARY,))
+        return MicroBatch(padded, whole, self.engine, self.view, row_id, (AUXILIARY,))
 
     def _place(self, count: int) -> int:
         """The index of the row that is read after ``count`` others."""

@@ -34,7 +34,7 @@ from kdcore.models.device import sent
 from kdcore.training.arguments import StepDecay
 from kdcore.training.momentum_optimizer import StreamGradients
 from kdcore.training.step_scores import StepScores
-from kdcore.training.trainer.auxiliary import Auxiliary, Learned
+from kdcore.training.trainer.auxiliary import Auxiliary, MicroBatch
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.checkpointing import CheckpointingTrainer
 from kdcore.training.trainer.figures import LogTheLast, StepFigures, StopWithoutGain
@@ -103,7 +103,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.decay, self.ahead, self.order = decay, ahead, order
         self.auxiliary = auxiliary
         self.streams = streams or engine.streams
-        self._micro_step, self._beside = 0, list[Learned]()
+        self._micro_step, self._beside = 0, list[MicroBatch]()
         self._gradients = StreamGradients(policy, self.streams)
         self._probed: dict[str, float] = {}
         self._figures = StepFigures(self.accelerator)
@@ -144,7 +144,7 @@ class DistillationTrainer(CheckpointingTrainer):
             place = self.state.global_step, self.args.process_index
             beside = self.auxiliary.of_step(*place, self.args, len(samples))
             whole = self._whole(beside, device)
-            self._beside = [self.auxiliary.learned(each, whole) for each in beside]
+            self._beside = [self.auxiliary.micro_batch(each, whole) for each in beside]
         return samples, self._whole(samples, device)
 
     def _whole(self, samples: list[Any], device: torch.device) -> float:
@@ -166,16 +166,18 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         began = time.perf_counter()
         model.train()
-        learned = [Learned(inputs, float(num_items_in_batch), self.engine, self.view, self.row_ids)]
-        learned += self._beside[self._micro_step : self._micro_step + 1]
+        batches = [
+            MicroBatch(inputs, float(num_items_in_batch), self.engine, self.view, self.row_ids)
+        ]
+        batches += self._beside[self._micro_step : self._micro_step + 1]
         one_stream = len(self.streams) == 1
         # Several streams bypass DDP, whose reducer allows one backward pass per forward pass.
         body = model if one_stream else self.accelerator.unwrap_model(model)
         with nullcontext() if one_stream else several_backward_passes(body):
             trained = self._trained(model)
-            totals = [self._backward(body, each, trained) for each in learned]
+            totals = [self._backward(body, each, trained) for each in batches]
         spent = (time.perf_counter() - began) / self.accelerator.num_processes
-        read = sum(tokens_of(each.padded) for each in learned)
+        read = sum(tokens_of(each.padded) for each in batches)
         self._figures.count(tokens=read, seconds=spent)
         self._micro_step += 1
         if self.accelerator.sync_gradients:
@@ -185,11 +187,11 @@ class DistillationTrainer(CheckpointingTrainer):
                 self._probed = self._probe(self.probe) | momentum_norms(self.policy)
         return torch.stack(totals).sum()
 
-    def _backward(self, body: Any, learned: Learned, trained: list[nn.Parameter]) -> Tensor:
+    def _backward(self, body: Any, micro: MicroBatch, trained: list[nn.Parameter]) -> Tensor:
         """Run a batch forward, and backward for each stream. Returns the sum of the losses."""
-        batch, place = self._batch(learned.padded), (self._micro_step, self.args.process_index)
-        step = self._loss(learned, body, batch, *learned.purpose, *place)
-        self._refuse_nonfinite(step, batch, learned.row_ids)
+        batch, place = self._batch(micro.padded), (self._micro_step, self.args.process_index)
+        step = self._loss(micro, body, batch, *micro.purpose, *place)
+        self._refuse_nonfinite(step, batch, micro.row_ids)
         # DDP averages over processes, but the loss is already a share of the global sum.
         processes = self.accelerator.num_processes
         losses = {stream: loss * processes for stream, loss in step.losses.items()}
@@ -198,8 +200,8 @@ class DistillationTrainer(CheckpointingTrainer):
                 self.accelerator.backward(loss)
         else:
             self._gradients.add(losses, trained)
-        self._figures.add(step, "".join(f"{each}/" for each in learned.purpose))
-        if not learned.purpose:
+        self._figures.add(step, "".join(f"{each}/" for each in micro.purpose))
+        if not micro.purpose:
             self._scores.add(step)
         return torch.stack([loss.detach() for loss in losses.values()]).sum()
 
@@ -289,18 +291,18 @@ class DistillationTrainer(CheckpointingTrainer):
         self._figures.count(seconds=spent, **counts)
         return samples
 
-    def _loss(self, learned: Learned, body: Any, batch: Batch, *what: str | int) -> StepLoss:
+    def _loss(self, micro: MicroBatch, body: Any, batch: Batch, *what: str | int) -> StepLoss:
         """Compute a batch's losses in one forward pass. ``what``: see `_generator`."""
         # The Trainer's own context leaves autocast to the wrapped student's forward: the teacher
         # and both heads would stay in float32.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            return learned.engine(
-                *learned.view(body, batch, self._progress),
+            return micro.engine(
+                *micro.view(body, batch, self._progress),
                 batch,
-                whole=learned.whole,
+                whole=micro.whole,
                 progress=self._progress,
                 generator=self._generator("cpu", *what),
-                reference=learned.view.reference(batch),
+                reference=micro.view.reference(batch),
             )
 
     def _generator(self, device: torch.device | str, *what: str | int) -> torch.Generator:
@@ -327,7 +329,7 @@ class DistillationTrainer(CheckpointingTrainer):
                 places = torch.randperm(len(data), generator=generator)[:size].tolist()
                 padded = collate([data[place] for place in places])
                 whole = float(max(1, self._share(padded)))
-                drawn = Learned(padded, whole, engine, self.view, self.row_ids)
+                drawn = MicroBatch(padded, whole, engine, self.view, self.row_ids)
                 yield self._loss(drawn, body, self._batch(padded), "probe", number).losses
 
         trained = {name: each for name, each in body.named_parameters() if each.requires_grad}

@@ -237,7 +237,7 @@ class AugmentedParams(Params):
 class PixelParams(AugmentedParams):
     """How an image becomes numbers."""
 
-    channels: Literal[1, 3] = Field(3, description="1 for gray images, 3 for colours")
+    channels: Literal[1, 3] = Field(3, description="number of channels: 1 (gray) or 3 (colour)")
     size: Side | None = Field(
         None,
         description="height and width: the shorter side is scaled to it, and the longer one is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence, Sized
@@ -15,7 +16,7 @@ from kdcore import BuildContext, Row
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.examples import Examples
 from kdcore.errors import UserError, unreadable
-from kdcore.models.folder.files import file_digest
+from kdcore.models.folder.files import file_digest, file_version
 from kdcore_baselines.sources.components import (
     ChatParams,
     SeveralParams,
@@ -43,6 +44,7 @@ class ChatSource(ConversationSource):
 
     def __init__(self, params: ChatParams, context: BuildContext) -> None:
         self.params = params
+        self._known: tuple[tuple[int, ...], Sequence[Conversation]] | None = None
 
     @staticmethod
     def recognise(path: Path) -> dict[str, Any] | None:
@@ -52,6 +54,15 @@ class ChatSource(ConversationSource):
         return fields_of(rows, str(path))
 
     def read(self) -> Sequence[Conversation]:
+        """Find the conversations of the file, again only after a change of the file."""
+        if self.params.group is not None or not self.params.path.is_file():
+            return self._read()  # a pipe says its rows once, and joined rows fill the memory
+        version = file_version(self.params.path)
+        if self._known is None or self._known[0] != version:
+            self._known = version, self._read()
+        return self._known[1]
+
+    def _read(self) -> Sequence[Conversation]:
         params, path, places = self.params, self.params.path, array("q")
         lines = islice(lines_of(path), None if selects(params) else params.limit)
         self.left_out = left_out = list[str]()
@@ -97,6 +108,7 @@ class SeveralSources:
     def __init__(self, params: SeveralParams, context: BuildContext) -> None:
         sources: list[Any] = [context.build(choice) for choice in params.sources]
         self.sources = sources
+        self._known: tuple[list[Sequence[Any]], Sequence[Any]] | None = None
         kinds = {
             (
                 getattr(type(source), "encode", type(source)),
@@ -126,6 +138,8 @@ class SeveralSources:
 
     def read(self) -> Sequence[Any]:
         parts = [source.read() for source in self.sources]
+        if self._known and all(map(operator.is_, self._known[0], parts)):
+            return self._known[1]
         starts = list(accumulate(map(len, parts), initial=0))
         found, renamed = set[str](), dict[int, str]()
         for number, example in enumerate(chain.from_iterable(parts)):
@@ -142,7 +156,8 @@ class SeveralSources:
             example = parts[part][place - starts[part]]
             return replace(example, id=renamed[place]) if place in renamed else example
 
-        return Examples(starts[-1], read)
+        self._known = parts, Examples(starts[-1], read)
+        return self._known[1]
 
     def fingerprint(self) -> str | None:
         told = [getattr(source, "fingerprint", lambda: None)() for source in self.sources]

@@ -319,7 +319,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
             ["method.terms.target=1"],
             "method.terms",
             "method.terms sets a weight for unknown term 'target'",
-            "known: feature, kd, label, task",
+            "use one of: feature, kd, label, task",
         ),
         (
             ["student.layers=[0, 9]"],

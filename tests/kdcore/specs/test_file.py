@@ -84,7 +84,7 @@ BROKEN = {
         ("name: speckd", "nam: speckd"),
         "spec.yaml:10: method.gates.0: must be the name of a gate, or {name: NAME, "
         "PARAMETER: VALUE}",
-        "known: all, inverted, random, speckd",
+        "use one of: all, inverted, random, speckd",
     ),
     "value of a component's parameter": (
         ("k: 5", "k: 0"),
@@ -186,7 +186,11 @@ BROKEN = {
         'spec.yaml:1: job: unknown job "distil"',
         "did you mean 'distill'?",
     ),
-    "no job": (("job: distill\n", ""), "spec.yaml:1: job: missing field", "add it; known: distill"),
+    "no job": (
+        ("job: distill\n", ""),
+        "spec.yaml:1: job: missing field",
+        "add it, one of: distill",
+    ),
     "tab": (
         ("  layers: [0, 1]", "\tlayers: [0, 1]"),
         "spec.yaml:5: found character '\\t' that cannot start any token",

@@ -199,7 +199,7 @@ def test_a_row_of_the_label_minus_one_is_left_out_beside_named_classes(tmp_path:
     said = cause("labelled_dataset", path=tmp_path / "hidden.parquet")
     assert said[0].startswith("none of the 2 rows of ") and "choose a split" in said[1]
     stream = source("labelled_dataset", path=tmp_path / "rows.parquet", streaming=True)
-    with pytest.raises(UserError, match="has the label -1, which stands for no class"):
+    with pytest.raises(UserError, match="has the label -1, which does not name a class"):
         next(iter(stream.stream()))
 
 

@@ -76,6 +76,17 @@ def test_several_sources_are_read_one_after_the_other_and_ids_stay_apart(tmp_pat
     }  # fmt: skip
 
 
+def test_a_file_is_searched_again_only_after_it_changed(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    params = {"name": "chat", "path": str(rows)}
+    source = several(params, params)
+    first = source.read()
+    assert source.read() is first and len(first) == 2
+    rows.write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    assert len(source.read()) == 4
+
+
 def test_conversations_of_files_and_of_datasets_are_joined(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps({"prompt": name, "response": "sat"}) + "\n")
@@ -356,7 +367,8 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
         ),
         (
             '{"messages": [{"role": "user", "content": "q", "weight": 1}]}',
-            "rows.jsonl:1: a message of role user asks to be learned (train or weight)",
+            "rows.jsonl:1: a message of role user sets train or weight, "
+            "but only responses are learned",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "q", "weight": 0.5}]}',
@@ -395,13 +407,13 @@ def test_a_null_id_is_none(tmp_path: Path) -> None:
         (
             '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, '
             '{"type": "thinking", "thinking": "b"}]}]}',
-            "rows.jsonl:1: a message has a thought behind a text, and templates print thoughts "
+            "rows.jsonl:1: a message has a thought after a text, but templates print thoughts "
             "first",
         ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "b"}]}]}',
             "rows.jsonl:1: a message of role user has a thought among the parts of its content, "
-            "and it is no response or has another thought beside it",
+            "but it is not a response, or it has a second thought",
         ),
         (
             '{"id": "a", "prompt": "q"}\n{"id": "a", "prompt": "r"}',

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fixtures.pages import ROOT
 
 SHORT = {
-    "data.train.limit": 4,
+    "data.train.limit": 2,
     "data.heldout.limit": 2,
-    "data.responses.max_new_tokens": 8,
+    "data.responses.max_new_tokens": 6,
     "training.steps": 2,
     "training.learning_rate": 1e-4,
     "training.batch_size": 2,
     "training.save_every": 100,
     "evaluation.samples": 1,
-    "evaluation.sample_tokens": 8,
+    "evaluation.sample_tokens": 4,
 }
 
 

@@ -45,8 +45,8 @@ def read_content(content: Any, place: str) -> tuple[str | None, str | None]:
     texts = [part.get("text") for part in parts if part.get("type") in _TEXT]
     if any(kind in _THOUGHT for kind in kinds[len(thoughts) :]):
         raise UserError(
-            f"{place}: a message has a thought behind a text, and templates print thoughts first",
-            "write what follows as a message of its own, or remove the row",
+            f"{place}: a message has a thought after a text, but templates print thoughts first",
+            "make a separate message of the rest, or remove the row",
         )
     said = [*thoughts, *texts]
     if len(said) < len(parts) or not all(isinstance(each, str) for each in said):

@@ -254,7 +254,7 @@ class ConversationRows:
             if role != "assistant" or any(name in said for name in REASONING):
                 raise UserError(
                     f"{place}: a message of role {role} has a thought among the parts of its "
-                    "content, and it is no response or has another thought beside it",
+                    "content, but it is not a response, or it has a second thought",
                     "remove one of the thoughts, or the row",
                 )
             said[REASONING[0]] = thought
@@ -332,8 +332,9 @@ def _learned(said: dict[str, Any], role: str, place: str) -> bool:
         )
     if role != "assistant" and any(values):
         raise UserError(
-            f"{place}: a message of role {role} asks to be learned (train or weight)",
-            "only responses are learned: remove train and weight from other messages",
+            f"{place}: a message of role {role} sets train or weight, "
+            "but only responses are learned",
+            "remove train and weight from all messages but responses",
         )
     return all(values)
 

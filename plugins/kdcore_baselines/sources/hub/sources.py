@@ -236,7 +236,7 @@ class LabelledDatasetSource(LabelledSource):
             if not 0 <= label < len(self._names):
                 left_out = label == UNLABELLED and self.params.endless
                 raise UserError(
-                    f"{place} has the label {label}, which stands for no class",
+                    f"{place} has the label {label}, which does not name a class",
                     "choose a split with labels"
                     + (", or remove streaming, so that such rows are left out" if left_out else ""),
                 )

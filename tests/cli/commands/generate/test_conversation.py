@@ -90,7 +90,8 @@ def test_what_is_sampled_follows_the_seed(generate: Generate) -> None:
 def test_samples_are_numbered_differ_and_follow_the_seed(
     generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--samples", "3", "--temperature", "1.5", "--drafter", "ngram", "--seed"]
+    words = ["--max-new-tokens", str(LENGTH), "--samples", "3", "--temperature", "1.5"]
+    words += ["--drafter", "ngram", "--seed"]
     said, again, other = (generate("the mat", *words, seed) for seed in ("1", "1", "2"))
     assert said.out == again.out != other.out
     sampled = re.split(r"--- sample (\d) of 3 ---\n", said.out)

@@ -310,7 +310,7 @@ def test_an_answer_ends_with_the_context_and_no_neighbour_shortens_it(
             "reads hidden states",
             "suffix or ngram",
         ),
-        (["hi", "--device", "cuda:7"], "no device 'cuda:7'", "known: cpu"),
+        (["hi", "--device", "cuda:7"], "no device 'cuda:7'", "use one of: cpu"),
         (["hi", "--dtype", "float8"], "--dtype: must be", "float32"),
         (["mat " * 600], "the prompt has", "shorten it"),
         (["h\udcff"], "'h\\udcff' contains bytes that are not valid UTF-8", "rename"),

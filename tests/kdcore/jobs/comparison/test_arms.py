@@ -267,7 +267,7 @@ def test_a_figure_without_a_better_side_chooses_nothing() -> None:
     results = TrainingResults(after=figures, metrics=[Metric("tau", "tau", ".2f", "higher")])
     asked: Any = SimpleNamespace(choose_by="gate/speckd")
     cell: Any = SimpleNamespace(results=lambda: results)
-    unmeasured = r"choose_by names 'gate/speckd', which was not measured\nknown: tau"
+    unmeasured = r"choose_by names 'gate/speckd', which was not measured\nuse one of: tau"
     with pytest.raises(UserError, match=unmeasured):
         comparison._refuse_unmeasured(asked, cell)
 

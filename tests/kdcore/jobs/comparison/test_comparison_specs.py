@@ -196,7 +196,7 @@ def test_a_parameter_of_a_component_that_the_grid_names(
     ("fields", "said"),
     [
         ({"arms": {}}, "arms is empty"),
-        ({"baseline": "kv"}, "known: kd"),
+        ({"baseline": "kv"}, "use one of: kd"),
         ({"seeds": [1, 1]}, "same seed twice"),
         ({"arms": {"../x": {}}}, "invalid name"),
         ({"arms": {"kd": {"seed": 3}}}, "seed cannot be set here"),

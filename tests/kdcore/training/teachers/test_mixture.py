@@ -167,12 +167,12 @@ def test_rows_are_requested_of_their_teachers() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("maths", "row-1 names the teacher 'maths', which teachers does not have"),
-        ('{"math": 1, "gpt": 1}', "row-1 names the teacher 'gpt'"),
+        ("maths", "row-1 names the unknown teacher 'maths'"),
+        ('{"math": 1, "gpt": 1}', "row-1 names the unknown teacher 'gpt'"),
         ('{"math": -1}', "row-1 has the teacher weights"),
         ('{"math": 0}', "row-1 has the teacher weights"),
         ('{"math": "much"}', "row-1 has the teacher weights"),
-        ("{math", "row-1 names the teacher '{math'"),
+        ("{math", "row-1 names the unknown teacher '{math'"),
         ("{}", "row-1 has the teacher weights"),
     ],
 )

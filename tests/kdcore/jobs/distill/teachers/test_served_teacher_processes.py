@@ -19,7 +19,7 @@ from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.apps.endpoint_app import Endpoint, served
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run, run_sharded
-from tests.kdcore.jobs.distill.test_several_processes import FSDP2
+from tests.kdcore.jobs.distill.processes.test_several_processes import FSDP2
 from tests.tiny.distill_specs import chats_in, logged
 from tests.tiny.tiny_chat_models import saved, tiny_model
 

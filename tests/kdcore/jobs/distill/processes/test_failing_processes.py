@@ -13,7 +13,7 @@ import pytest
 from kdcore.runs.folder import Run
 from tests.fixtures.processes.forked import in_two_processes
 from tests.fixtures.processes.two_processes import run_failing
-from tests.kdcore.jobs.distill.test_several_processes import FSDP2
+from tests.kdcore.jobs.distill.processes.test_several_processes import FSDP2
 from tests.tiny.tiny_chat_models import saved, tiny_model
 
 TRAINER = "kdcore.training.trainer.checkpointing:CheckpointingTrainer"
