@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from kdcore.data.responses.model import generate, room
 from kdcore.data.templates.mask import prompt_ids
 from kdcore.data.templates.thoughts import answer_of, thoughts_of
 from kdcore.decoding.engines.protocols import Engine
-from kdcore.evaluation.scores import Scores
+from kdcore.evaluation.scores import Scores, trimmed
+from kdcore.models.facts import end_ids
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.specs.parts.training import EvaluationSpec, GenerationSpec
@@ -53,14 +53,9 @@ def answers(
     size = batch_size, max_new_tokens
     tokenizer: Any = loaded.tokenizer
     return [
-        _trimmed(str(tokenizer.decode(ids, skip_special_tokens=True)))
+        trimmed(str(tokenizer.decode(ids, skip_special_tokens=True)))
         for ids in _generated(prompts, loaded, progress, title, size, engine, ranks)
     ]
-
-
-def _trimmed(text: str) -> str:
-    """An answer without blank lines around it; the blanks of its first line may indent code."""
-    return re.sub(r"\A\s*\n", "", text).rstrip()
 
 
 def _generated(
@@ -131,8 +126,9 @@ def judged(
     size = spec.batch_size, spec.answer_tokens
     tokenizer = loaded.tokenizer
     made = _generated(scores.prompts, loaded, progress, "answers to score", size, engine, ranks)
+    ends = end_ids(loaded)
     said = [
-        answer_of(ids, thoughts_of(prompt, tokenizer), tokenizer)
+        answer_of(ids, thoughts_of(prompt, tokenizer), tokenizer, ends)
         for prompt, ids in zip(scores.prompts, made, strict=True)
     ]
     thoughts = [thought for _, thought in said if thought is not False]
@@ -142,4 +138,4 @@ def judged(
             f"{len(thoughts)} of {len(said)} answers have a thought, and the scores read what "
             "follows it" + (f"; {cut} end within it and count as empty" if cut else "")
         )
-    return scores([_trimmed(text) for text, _ in said], progress)
+    return scores([text for text, _ in said], progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from kdcore.components.choice import Choice
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.responses.score import Answered, AnswerScore
-from kdcore.data.templates.thoughts import PLAIN
+from kdcore.data.templates.thoughts import PLAIN, thoughts_of
 from kdcore.errors import UserError, in_field
 from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import Metric
@@ -25,11 +26,14 @@ class Scores:
         of: Name -> score.
         prompts: The examples; empty without a score.
         ranks: The processes of the run; the main one scores.
+        tokenizer: The tokenizer by whose chat template thoughts in references are found, beside
+            `PLAIN` ones (default: none).
     """
 
     of: Mapping[str, AnswerScore] = field(default_factory=dict)
     prompts: Sequence[Conversation] = ()
     ranks: Ranks = ALONE
+    tokenizer: Any = None
 
     @classmethod
     def build(
@@ -60,11 +64,27 @@ class Scores:
 
     def of_one(self, name: str, examples: Sequence[Any]) -> Scores:
         """Return one of the scores with other examples. Raises UserError as `build` does."""
-        return Scores({name: self.of[name]}, examples, self.ranks)._checked()
+        return replace(self, of={name: self.of[name]}, prompts=examples)._checked()
+
+    @in_field("evaluation.answers")
+    def read_by(self, tokenizer: Any) -> Scores:
+        """Read the references by the chat template of a model, and check them again.
+
+        Args:
+            tokenizer: The tokenizer of the model that answers.
+
+        Returns:
+            The scores.
+
+        Raises:
+            UserError: A reference consists of a thought, a score refuses it, or the tokenizer lacks
+                a chat template.
+        """
+        return replace(self, tokenizer=tokenizer)._checked() if self.of else self
 
     def _checked(self) -> Scores:
         for example in self.prompts:
-            asked = _example(example)
+            asked = _example(example, self.tokenizer)
             for score in self.of.values():
                 score.check(asked)
         return self
@@ -98,7 +118,7 @@ class Scores:
             UserError: A score fails, or does not give a finite value for each answer.
         """
         answered = [
-            replace(_example(prompt), answer=answer)
+            replace(_example(prompt, self.tokenizer), answer=trimmed(answer))
             for prompt, answer in zip(self.prompts, said, strict=True)
         ]
         return self.ranks.by_main(
@@ -128,8 +148,13 @@ def _values(
     return values
 
 
+def trimmed(text: str) -> str:
+    """A text without blank lines around it; the blanks of its first line may indent code."""
+    return re.sub(r"\A\s*\n", "", text).rstrip()
+
+
 @in_field("evaluation.answers")
-def _example(example: Any) -> Answered:
+def _example(example: Any, tokenizer: Any) -> Answered:
     """The prompt of the last response, and that response as reference. Raises UserError."""
     if not isinstance(example, Conversation):
         raise UserError(
@@ -143,8 +168,9 @@ def _example(example: Any) -> Answered:
             f"evaluation.answers needs a reference answer, and {example.id} lacks a response",
             "add the correct response to each held-out row, or remove evaluation.answers",
         )
-    reference = PLAIN.answer_in(last.content) or ""
-    if not reference.strip():
+    thoughts = PLAIN if tokenizer is None else thoughts_of(example, tokenizer)
+    reference = trimmed(thoughts.reference_in(last.content))
+    if not reference:
         raise UserError(
             f"evaluation.answers compares texts, and the last response of {example.id} has none",
             "leave out held-out rows that end with a tool call or a thought, or remove "

@@ -96,6 +96,7 @@ def _evaluation(spec: EvaluateSpec, registry: Registry, progress: Progress) -> E
     samples: list[dict[str, str]] = []
     if source is not None:
         asked = replace(model, tokenizer=(teacher or model).tokenizer)
+        scores = scores.read_by(asked.tokenizer)
         with in_field("heldout"):
             rows, _ = encode_rows(source, asked.tokenizer, spec.max_length, progress)
             refuse_long_rows(rows, [asked, teacher] if teacher else [asked])

@@ -57,6 +57,12 @@ class PairedSource:
         """The examples of the source."""
         return self._source.read()
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """The places of the examples that the last `read` left out."""
+        found: Sequence[str] = getattr(self._source, "left_out", ())
+        return found
+
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Encode an example for the student, and keep the teacher's row of it.
 

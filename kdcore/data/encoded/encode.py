@@ -31,6 +31,7 @@ from kdcore.data.encoded.rows import EncodedRows, Some, Summary
 from kdcore.data.encoded.table import FORMAT, digested, to_batch, wider
 from kdcore.data.source import Compact, DataSource
 from kdcore.data.templates.mask import MASK_RULE
+from kdcore.data.templates.notes import NOTES_RULE
 from kdcore.data.templates.rendering import prints_date
 from kdcore.errors import UserError
 from kdcore.method.records import Row
@@ -137,6 +138,7 @@ def fingerprint(
     asked = {
         "format": FORMAT,
         "mask_rule": MASK_RULE,
+        "notes_rule": NOTES_RULE,
         "versions": {name: version_of(name) for name in _VERSIONS},
         "source": f"{type(source).__module__}.{type(source).__qualname__}",
         "examples": told,

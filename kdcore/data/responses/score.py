@@ -16,7 +16,8 @@ class Answered:
         turns: The turns before the answer as ``{"role": ..., "content": ...}``, the question last.
         answer: The model's answer without its thought; empty while the example alone is checked,
             and if the thought does not end.
-        reference: The last response of the example, without a thought in its content.
+        reference: The last response of the example without its thought; blank lines around it are
+            left out, as in `answer`.
         fields: Further fields of the row, those that its source keeps.
     """
 

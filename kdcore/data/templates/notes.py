@@ -9,6 +9,10 @@ from typing import Any
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.rendering import REASONING, names
 
+NOTES_RULE = 1
+"""Version of the notes: rows that were encoded under another version are encoded again, for theirs
+are stored with them."""
+
 NOT_WHOLE = "the chat template does not render {} of a response as written"
 NOT_READ = "the chat template does not read {}"
 NOT_SHOWN = "the chat template does not render a turn of role '{}' as written"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcore.data.conversation import Conversation, Message
@@ -41,28 +41,48 @@ class Thoughts:
     begun: bool = False
     of_template: bool = False
 
-    def answer_in(self, text: str) -> str | None:
+    def answer_in(self, text: str, *, ended: bool = False) -> str | None:
         """What follows the thoughts of a text.
 
         Args:
             text: The generated text, with its special tokens.
+            ended: Whether the response ended by itself. One that then lacks the mark after the
+                thought that the prompt has opened is an answer without a thought: a model that
+                was trained without thoughts gives such answers.
 
         Returns:
             The rest of the text, all of it without a thought; None if a thought does not end.
         """
-        rest = text
-        opened = self.begun
-        if self.of_template and self.closing in rest:
-            rest, opened = rest.partition(self.closing)[2], False
-        while opened or self._opens(rest):
-            _, closed, rest = rest.partition(self.closing)
+        has_mark = self.closing in text
+        marked = self.begun and (has_mark or not ended) or self.of_template and has_mark
+        rest, closing = text, self.closing if marked else self._closing_of(text)
+        while closing:
+            _, closed, rest = rest.partition(closing)
             if not closed:
                 return None
-            opened = False
+            closing = self._closing_of(rest)
         return rest
 
-    def _opens(self, text: str) -> bool:
-        return bool(self.opening) and text.lstrip().startswith(self.opening)
+    def reference_in(self, text: str) -> str:
+        """What follows the thoughts of a response in the data.
+
+        A mark within it is text, unless the prompt opens the thought.
+
+        Args:
+            text: The content of the response.
+
+        Returns:
+            The rest of the text; empty if a thought does not end.
+        """
+        return replace(self, of_template=False).answer_in(text, ended=True) or ""
+
+    def _closing_of(self, text: str) -> str:
+        """The mark after the thought with which a text begins; empty without one."""
+        begins = text.lstrip().startswith
+        for marks in (self, PLAIN):
+            if begins(marks.closing) or (marks.opening and begins(marks.opening)):
+                return marks.closing
+        return ""
 
 
 PLAIN = Thoughts("<think>", "</think>")
@@ -140,13 +160,16 @@ def _ends(prompt: str, opening: str) -> bool:
     return bool(opening) and prompt.rstrip().endswith(opening)
 
 
-def answer_of(ids: Sequence[int], thoughts: Thoughts, tokenizer: Any) -> tuple[str, bool | None]:
+def answer_of(
+    ids: Sequence[int], thoughts: Thoughts, tokenizer: Any, ends: Collection[int]
+) -> tuple[str, bool | None]:
     """Decode the answer of a generated response, which follows its thought.
 
     Args:
         ids: The generated tokens.
         thoughts: The marks of thoughts.
         tokenizer: The tokenizer of the tokens.
+        ends: The tokens that end a response.
 
     Returns:
         The text without special tokens, empty if the thought does not end; and whether there is a
@@ -155,10 +178,10 @@ def answer_of(ids: Sequence[int], thoughts: Thoughts, tokenizer: Any) -> tuple[s
     if not len(ids):  # of a prompt without room
         return "", False
     text = str(tokenizer.decode(ids, skip_special_tokens=False))
-    rest = thoughts.answer_in(text)
+    rest = thoughts.answer_in(text, ended=ids[-1] in ends)
     if rest is None:
         return "", None
     if rest == text:
         return str(tokenizer.decode(ids, skip_special_tokens=True)), False
-    thought = text[: len(text) - len(rest)].strip() != thoughts.closing
+    thought = text[: len(text) - len(rest)].strip() not in (thoughts.closing, PLAIN.closing)
     return special_tokens(tokenizer).sub("", rest), thought

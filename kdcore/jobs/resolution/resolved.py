@@ -151,6 +151,7 @@ class ResolvedDistill:
         if spec.training.packing and not before_cache:
             for loaded in models.named.values():
                 refuse_mixing(loaded.model, loaded.name, flat=models.flattens_packed_rows)
+        scores, choosing = (each.read_by(models.first.tokenizer) for each in (scores, choosing))
         return cls(spec, method, sources, scores, choosing, models, cache, caches)
 
     def settle(self, run: Run) -> None:

@@ -9,7 +9,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,35 @@ def spec_of(job: Job, data: Path, file: Path, registry: Registry) -> OwnSpec:
         text = text.replace(named[1], "runs/" + re.sub(r"[^\w.-]+", "-", file.stem))
     text = _with_steps(_SECTION.sub(lambda _: section, text, count=1), len(rows), share)
     left_out = len(getattr(read, "left_out", ()))
-    return OwnSpec(text, tuple(_findings(data, source, rows, left_out, share, different)))
+    nameable = _nameable(choice, registry, rows)
+    told = _findings(data, source, rows, left_out, share, different, nameable=nameable)
+    return OwnSpec(text, tuple(told))
 
 
 def _read(choice: Choice, registry: Registry) -> tuple[Any, list[Conversation]]:
     """A source, and its conversations; examples of another kind are left out."""
     source = Assembly(registry).build(choice)
     return source, [each for each in source.read() if isinstance(each, Conversation)]
+
+
+def _nameable(choice: Choice, registry: Registry, rows: list[Conversation]) -> bool:
+    """Whether a field that is not read could be named as that of the response to each prompt."""
+    named = choice.params.model_fields_set & {"response", "messages", "group"}
+    if named or "response" not in type(choice.params).model_fields:
+        return False
+    if any(_is_answered(row) for row in rows):
+        return False
+    return any(_is_response(choice, registry, name) for name in rows[0].unread)
+
+
+def _is_response(choice: Choice, registry: Registry, name: str) -> bool:
+    """Whether a source reads a field of its first row as the response, once it is named so."""
+    params = choice.params.model_copy(update={"response": name, "limit": 1})
+    try:
+        _, rows = _read(replace(choice, params=params), registry)
+    except UserError:
+        return False
+    return any(map(_is_answered, rows))
 
 
 def _with_steps(text: str, rows: int, share: float) -> str:
@@ -203,6 +225,8 @@ def _findings(
     left_out: int,
     share: float,
     different: int,
+    *,
+    nameable: bool,
 ) -> Iterator[str]:
     yield f"{data}: {counted(len(rows), 'conversation')}, read by the source {source['name']}"
     for name, value in source.items():
@@ -216,8 +240,9 @@ def _findings(
         yield "  tidy: successive turns of one role are joined"
         if left_out:
             yield f"  left out for want of a response: {counted(left_out, 'conversation')}"
+        every = counted(len(rows), "conversation")
         for note, count in Counter(note for row in rows for note in row.notes).items():
-            yield f"  in {count} of {len(rows)}, {note.removesuffix(' (tidy)')}"
+            yield f"  in {count} of {every}, {note.removesuffix(' (tidy)')}"
     yield "  the first conversation:"
     for message in rows[0].messages[:SHOWN]:
         text = " ".join(message.content.split()) or _called(message)
@@ -227,14 +252,14 @@ def _findings(
         yield f"  not read: the fields {', '.join(unread)}"
     unanswered = sum(row.needs_response for row in rows)
     if unanswered:
-        if unread:
+        if nameable:
             yield "  if one of them is the response, name it in the source: response: FIELD"
         yield f"  {unanswered} of {len(rows)} lack a response: the model will answer all prompts"
         replaced = sum(row.messages[-1].role == "user" and _is_answered(row) for row in rows)
         if replaced:
             yield f"  {replaced} of {len(rows)} end in a turn of the user, but have earlier answers"
-            yield "  that it replaces; to learn those without the last turn, set tidy: true in"
-            yield "  data.train, and data.responses.by: dataset"
+            yield "  which the model will replace; to learn these answers instead, and to leave out"
+            yield "  the last turn, set tidy: true in data.train, and responses.by: dataset"
     else:
         yield "  all have responses, which are kept (responses.by: dataset)"
     marked = sum(

@@ -35,8 +35,8 @@ from kdcore_baselines.sources.json_lines import WHERE, lines_of, row_of
 Rows = TypeVar("Rows", bound=Sized)
 
 
-CODE = 4
-"""Version of the code that makes examples of rows; it is part of the fingerprint of a source."""
+CODE = 5
+"""Version of the code that makes or leaves out examples, in the fingerprint of a source."""
 
 
 class ChatSource(ConversationSource):

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,9 @@ from kdcore_baselines.sources.csv_format import delimiter_of, header_of
 from kdcore_baselines.sources.files import CODE, digest_of
 from kdcore_baselines.sources.json_lines import WHERE
 from kdcore_baselines.sources.parts import stratified
+
+UNLABELLED = -1
+"""The label of rows whose label is hidden, as in test splits, or on which annotators disagree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class LabelledSource:
     A text is read from the data when it is asked for, so that millions of them need no memory.
 
     Attributes:
-        left_out: The places of the rows without a label that the last `read` left out.
+        left_out: The places of the rows of the part that the last `read` left out without a label.
     """
 
     model_class = "AutoModelForSequenceClassification"
@@ -59,14 +62,14 @@ class LabelledSource:
         numbers: dict[tuple[str, ...] | None, int] = {None: -1}
         of_row = array("q", (numbers.setdefault(each, len(numbers) - 1) for each in self.labels()))
         sets = [each for each in numbers if each is not None]
-        rows = [row for row in stratified(of_row, *self.params.part) if of_row[row] >= 0]
-        chosen = array("q", rows[: self.params.limit])
-        self.left_out = [self.place(row) for row, number in enumerate(of_row) if number < 0]
-        if self.left_out and len(self.left_out) == len(of_row):
+        if of_row and not sets:
             raise UserError(
                 f"none of the {len(of_row):,} rows of {self.params.path} has a label",
                 "choose a split with labels",
             )
+        part = stratified(of_row, *self.params.part)
+        self.left_out = [self.place(row) for row in part if of_row[row] < 0]
+        chosen = array("q", [row for row in part if of_row[row] >= 0][: self.params.limit])
         known = frozenset(self.classes)
         for row in chosen:
             if not known.issuperset(sets[of_row[row]]):
@@ -138,7 +141,13 @@ class LabelledTextSource(LabelledSource):
         self.params = params
         self._labels = params.classes_from or params.path
         self.multi_label = params.separator is not None
-        self.classes = sorted({each for _, labels in self._rows(self._labels) for each in labels})
+        first: dict[str, int] = {}
+        for record, labels in self._rows(self._labels):
+            for each in labels:
+                first.setdefault(each, record.line)
+        if str(UNLABELLED) in first and are_integers(first):
+            raise refused_minus_one(f"{self._labels.name}:{first[str(UNLABELLED)]}")
+        self.classes = sorted(first)
         self._places = array("q")
 
     @property
@@ -273,6 +282,27 @@ def refuse_no_text(text: Any, place: str) -> None:
         raise UserError(f"{place} has no text", "add the text, or remove the row")
     if not isinstance(text, str):
         raise UserError(f"{place}: the text must be a string", "name another column (text)")
+
+
+def are_integers(labels: Iterable[str]) -> bool:
+    """Whether the texts of all labels are integers."""
+    return all(label.removeprefix("-").isdecimal() for label in labels)
+
+
+def refused_minus_one(place: str) -> UserError:
+    """The error of a label -1 among other integers: it may be a class, or stand for none.
+
+    Args:
+        place: Name of the row in messages.
+
+    Returns:
+        The error.
+    """
+    return UserError(
+        f"{place} has the label {UNLABELLED}, which stands for no label in many data sets",
+        "choose data with labels, or remove such rows; if it is a class of yours, write the labels "
+        "as text, e.g. 'negative'",
+    )
 
 
 def labels_of(labels: Any, place: str) -> tuple[str, ...]:

@@ -118,6 +118,45 @@ def test_scores_read_what_follows_a_thought(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert answers(asked, model, Silent(), "any", batch_size=3, max_new_tokens=6) == said
 
+def test_references_are_read_as_answers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the marks of the template, without the blank lines around what is left."""
+    opens = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+    )
+    model = tiny_model(template=opens)
+    end = model.tokenizer.eos_token_id
+    said = ["16\n</think>\n\n17", "17", "17"]
+    ids = [model.tokenizer(text)["input_ids"] for text in said]
+    ids[0].append(end)
+    ids[1].append(end)  # ended by itself; the third one is cut within its thought
+    monkeypatch.setattr("kdcore.evaluation.answers.generate", lambda *_, **__: ids)
+    contents = ["16\n</think>\n\n17", "</think>\n\n17\n", "\n17"]
+    asked = [conversation("a", each, id=str(n)) for n, each in enumerate(contents)]
+
+    class Reads:
+        def check(self, example: Answered) -> None: ...
+
+        def __call__(self, answered: list[Answered]) -> list[float]:
+            assert {each.reference for each in answered} == {"17"}
+            return [float(each.answer == each.reference) for each in answered]
+
+    watched, spec = Watched(), EvaluationSpec(answer_tokens=6, batch_size=3)
+    found = Scores({"reads": Reads()}, asked).read_by(model.tokenizer)
+    assert judged(found, model, spec, watched) == {"reads": [1.0, 1.0, 0.0]}
+    assert "2 of 3 answers have a thought" in watched.lines[0]
+    assert "1 end within it" in watched.lines[0]
+
+
+def test_a_reference_that_is_a_thought_by_the_template_is_refused() -> None:
+    opens = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}" + (
+        "{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    asked = scores([conversation("a", "17</think>")], "rouge_l")
+    with pytest.raises(UserError, match="the last response of row has none") as raised:
+        asked.read_by(tiny_model(template=opens).tokenizer)
+    assert raised.value.field == "evaluation.answers"
+
 
 def test_a_slow_score_shows_its_progress() -> None:
     class Slow:

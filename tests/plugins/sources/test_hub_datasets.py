@@ -202,6 +202,18 @@ def test_a_row_of_the_label_minus_one_is_left_out_beside_named_classes(tmp_path:
     with pytest.raises(UserError, match="has the label -1, which does not name a class"):
         next(iter(stream.stream()))
 
+def test_each_part_names_the_rows_that_it_leaves_out(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
+    rows = {"text": [f"t{n}" for n in range(12)], "label": [-1, 0, 1] * 4}
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    found = []
+    for part in ([0, 0.5], [0.5, 1]):
+        read = source("labelled_dataset", path=tmp_path / "rows.parquet", part=part)
+        assert len(read.read()) == 4
+        found.append(read.left_out)
+    assert list(map(len, found)) == [2, 2]
+    assert {*found[0], *found[1]} == {f"rows.parquet:{n}" for n in (1, 4, 7, 10)}
+
 
 def test_minus_one_among_integers_is_refused(tmp_path: Path) -> None:
     """It may be a class or stand for none: only the user knows."""

@@ -230,6 +230,26 @@ def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert "  not read: the fields content, repo\n  if one of them is the response" in told
     assert found.data.responses.by == "teacher"
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"input": "the question {n}", "content": "so {n}"}, True),
+        ({"input": "the question {n}", "size": "{n}", "sizes": [1]}, True),
+        ({"input": "the question {n}", "sizes": [1]}, False),
+        ({"messages": [{"role": "user", "content": "the question {n}"}], "content": "so"}, False),
+        ({"chat": [{"from": "human", "value": "the question {n}"}] * 2, "content": "so"}, False),
+    ],
+)
+def test_a_field_is_offered_as_response_where_it_can_be_named(
+    row: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    """A source reads the field `response` of rows with a prompt alone."""
+    text = json.dumps(row)
+    write_lines(tmp_path / "rows.jsonl", [json.loads(text.replace("{n}", str(n))) for n in range(9)])
+    _, said = made("rows.jsonl", tmp_path)
+    assert "not read: the fields" in said
+    assert ("if one of them is the response" in said) == told
+
 
 def test_prompts_without_responses_are_answered_by_the_model(tmp_path: Path) -> None:
     rows = [json.dumps({"ask": ASKED[n % 3].format(n=n)}) for n in range(30)]
@@ -255,7 +275,7 @@ def test_conversations_that_end_in_a_user_turn_are_counted(
     ]  # fmt: skip
     write_lines(tmp_path / "rows.jsonl", rows)
     found, said = made("rows.jsonl", tmp_path)
-    assert ("in 10 of 40, user turns after the last response are left out" in said) == told
+    assert ("in 10 of 40 conversations, user turns after the last response are left out" in said) == told
     assert ("40 of 40 end in a turn of the user, but have earlier answers" in said) != told
     assert found.data.responses.by == ("dataset" if told else "teacher")
     assert {len(each.messages) for each in read(found.data.train)} == {2 if told else 3}
@@ -270,7 +290,7 @@ def test_turns_that_all_begin_twice_are_joined_and_answers_stay(tmp_path: Path) 
     (tmp_path / "tickets.csv").write_text("\n".join(lines))
     found, said = made("tickets.csv", tmp_path)
     assert found.data.responses.by == "dataset"
-    assert "in 10 of 30, user turns after the last response are left out" in said
+    assert "in 10 of 30 conversations, user turns after the last response are left out" in said
     assert turns(read(found.data.train)[0]) == [
         ("user", "Hi\nMy order 0 is late"), ("assistant", "Sorry about order 0")
     ]  # fmt: skip

@@ -78,13 +78,16 @@ def test_several_sources_are_read_one_after_the_other_and_ids_stay_apart(tmp_pat
 
 def test_a_file_is_searched_again_only_after_it_changed(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "response": "b"}\n')
-    params = {"name": "chat", "path": str(rows)}
+    lines = '{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n'
+    rows.write_text(lines)
+    params = {"name": "chat", "path": str(rows), "tidy": True}
     source = several(params, params)
     first = source.read()
     assert source.read() is first and len(first) == 2
-    rows.write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    assert source.left_out == ["rows.jsonl:2"] * 2
+    rows.write_text(lines * 2)
     assert len(source.read()) == 4
+    assert source.left_out == ["rows.jsonl:2", "rows.jsonl:4"] * 2
 
 
 def test_conversations_of_files_and_of_datasets_are_joined(tmp_path: Path) -> None:
@@ -499,12 +502,20 @@ def test_classes_may_come_from_another_file(tmp_path: Path) -> None:
         ("text,label,text\nq,a,r\n", "rows.csv:1: the column 'text' occurs twice"),
         ("text,label\n,a\n", "rows.csv:2 has no text"),
         ("text,label\n", "{path} has no rows"),
+        (
+            "text,label\nq,0\nr,-1\n",
+            "rows.csv:3 has the label -1, which stands for no label in many data sets",
+        ),
     ],
 )
 def test_a_mistake_in_labelled_texts(content: str, cause: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         labelled(tmp_path, content).read()
     assert raised.value.cause == cause.format(path=tmp_path / "rows.csv")
+
+
+def test_minus_one_beside_texts_is_a_class(tmp_path: Path) -> None:
+    assert labelled(tmp_path, "text,label\nq,-1\nr,b\n").classes == ["-1", "b"]
 
 
 @pytest.mark.needs("public data")

@@ -43,16 +43,16 @@ from kdcore_baselines.sources.hub.loading import (
 )
 from kdcore_baselines.sources.hub.streams import SplitStream
 from kdcore_baselines.sources.labelled import (
+    UNLABELLED,
     LabelledSource,
+    are_integers,
     label_of,
     labels_of,
     refuse_no_text,
+    refused_minus_one,
 )
 
 datasets: Any = import_early("datasets")
-
-UNLABELLED = -1
-"""The label of rows whose label is hidden, as in test splits, or on which annotators disagree."""
 
 FIRST = 32
 """Number of the first rows of a stream, which tell its columns."""
@@ -242,11 +242,7 @@ class LabelledDatasetSource(LabelledSource):
                 )
             return self._names[label]
         if label == UNLABELLED and isinstance(label, int):
-            raise UserError(
-                f"{place} has the label {label}, which stands for no label in many data sets",
-                "choose a split with labels, or remove such rows; if it is a class of yours, write "
-                "the labels as text, e.g. 'negative'",
-            )
+            raise refused_minus_one(place)
         return str(label) if isinstance(label, int) else label
 
 
@@ -279,7 +275,7 @@ def fingerprint(params: LoadedParams, *data: Any) -> str | None:
 def _sorted(labels: Iterable[str]) -> list[str]:
     """Labels in order; those of whole numbers by their size."""
     found = list(labels)
-    if all(label.removeprefix("-").isdecimal() for label in found):
+    if are_integers(found):
         return sorted(found, key=int)
     return sorted(found)
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from kdcore.data.alignment.paired_rows import PairedSource
+from kdcore.data.alignment.prompted_rows import PromptedSource
 from kdcore.data.encoded import encode as encoding
 from kdcore.data.encoded.cache import KIND, MANIFEST
 from kdcore.data.encoded.encode import encoded_rows, fingerprint
@@ -268,7 +270,9 @@ def chat(path: Path, **params: Any) -> ChatSource:
     return ChatSource(ChatParams(path=path, **params), None)  # type: ignore[arg-type]
 
 
-def test_a_fingerprint_is_that_of_all_that_rows_depend_on(tmp_path: Path) -> None:
+def test_a_fingerprint_is_that_of_all_that_rows_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
 
@@ -292,6 +296,9 @@ def test_a_fingerprint_is_that_of_all_that_rows_depend_on(tmp_path: Path) -> Non
     others.append(found(changed))
     path.write_text(json.dumps({"prompt": "a", "response": "c!"}) + "\n")
     others.append(found(tiny_tokenizer()))
+    for rule in ("MASK_RULE", "NOTES_RULE"):  # notes are stored with the rows
+        monkeypatch.setattr(encoding, rule, -1)
+        others.append(found(tiny_tokenizer()))
     assert len({base, *others}) == len(others) + 1
 
 
@@ -349,3 +356,15 @@ def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("KDCORE_CACHE_GB", "much")
     with pytest.raises(UserError, match="KDCORE_CACHE_GB is 'much'"):
         sized("some", tiny_tokenizer())
+
+
+def test_a_source_for_two_models_tells_what_its_source_left_out(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "rows.jsonl", tiny_tokenizer()
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    plain = chat(path, tidy=True)
+    for source in (
+        PairedSource(plain, tokenizer, tokenizer, "positions"),
+        PromptedSource(plain, "{prompt}"),
+    ):
+        _, summary = encoded_rows(source, tokenizer, 64, Silent())
+        assert summary.left_out.first == ["rows.jsonl:2"]

@@ -47,7 +47,7 @@ def read(family: str, text: str, *, plain: bool = False, **arguments: Any) -> An
     tokenizer = TEMPLATES[family].tokenizer()
     asked = Conversation("x", (Message("user", "the cat"),), plain=plain, arguments=arguments)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return answer_of(ids, thoughts_of(asked, tokenizer), tokenizer)
+    return answer_of(ids, thoughts_of(asked, tokenizer), tokenizer, [tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,20 @@ def read(family: str, text: str, *, plain: bool = False, **arguments: Any) -> An
         ),
         ("gpt-oss", "<|channel|>analysis<|message|>the mat", "", None),
         ("gpt-oss", "<|channel|>final<|message|>sat<|return|>", "sat", False),
+        ("gpt-oss", "<think>the mat</think>sat<|return|>", "sat", True),
+        ("gpt-oss", "sat <think>the mat</think><|return|>", "sat <think>the mat</think>", False),
         ("deepseek", "the mat\n</think>\n\nsat<|eos|>", "\n\nsat", True),
         ("deepseek", "the mat", "", None),
+        ("deepseek", "sat<|eos|>", "sat", False),
+        ("deepseek", "<think>the mat<|eos|>", "", None),
         ("thinking", "the mat\n</think>\n\nsat<|im_end|>", "\n\nsat", True),
         ("thinking", "the mat", "", None),
+        ("thinking", "sat<|im_end|>", "sat", False),
         ("in parts", "[THINK]the mat[/THINK]sat</s>", "sat", True),
         ("in parts", "[THINK]the mat", "", None),
         ("in parts", "sat</s>", "sat", False),
         ("llama3", "<think>the mat</think>sat<|eot_id|>", "sat", True),
+        ("llama3", "</think>\n\nsat<|eot_id|>", "\n\nsat", False),
         ("llama3", "the mark </think> ends it<|eot_id|>", "the mark </think> ends it", False),
         ("llama3", "the mark <think> begins it", "the mark <think> begins it", False),
     ],
@@ -103,3 +109,22 @@ def test_text_without_a_template_has_the_plain_marks() -> None:
     assert read("deepseek", "<think>the mat", plain=True) == ("", None)
     tokenizer = LLAMA3.tokenizer()
     assert thoughts_of(Conversation("x", (Message("user", "a"),)), tokenizer) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "read"),
+    [
+        ("deepseek", "the mat\n</think>\n\nsat", "\n\nsat"),
+        ("deepseek", "sat", "sat"),
+        ("qwen3", "<think>the mat</think>sat", "sat"),
+        ("qwen3", "the mark </think> ends it", "the mark </think> ends it"),
+        ("gpt-oss", "<think>the mat</think>sat", "sat"),
+        ("in parts", "[THINK]the mat[/THINK]sat", "sat"),
+        ("in parts", "[THINK]the mat", ""),
+        ("llama3", "</think>\n\nsat", "\n\nsat"),
+    ],
+)
+def test_a_reference_follows_its_thought(family: str, content: str, read: str) -> None:
+    """A mark within an ordinary reference is text, unless the prompt opens the thought."""
+    asked = Conversation("x", (Message("user", "the cat"), Message("assistant", content)))
+    assert thoughts_of(asked, TEMPLATES[family].tokenizer()).reference_in(content) == read
