@@ -54,7 +54,7 @@ class Thoughts:
             The rest of the text, all of it without a thought; None if a thought does not end.
         """
         has_mark = self.closing in text
-        marked = self.begun and (has_mark or not ended) or self.of_template and has_mark
+        marked = (self.begun and (has_mark or not ended)) or (self.of_template and has_mark)
         rest, closing = text, self.closing if marked else self._closing_of(text)
         while closing:
             _, closed, rest = rest.partition(closing)

@@ -118,6 +118,7 @@ def test_scores_read_what_follows_a_thought(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert answers(asked, model, Silent(), "any", batch_size=3, max_new_tokens=6) == said
 
+
 def test_references_are_read_as_answers_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the marks of the template, without the blank lines around what is left."""
     opens = (

@@ -202,6 +202,7 @@ def test_a_row_of_the_label_minus_one_is_left_out_beside_named_classes(tmp_path:
     with pytest.raises(UserError, match="has the label -1, which does not name a class"):
         next(iter(stream.stream()))
 
+
 def test_each_part_names_the_rows_that_it_leaves_out(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
     rows = {"text": [f"t{n}" for n in range(12)], "label": [-1, 0, 1] * 4}

@@ -230,6 +230,7 @@ def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert "  not read: the fields content, repo\n  if one of them is the response" in told
     assert found.data.responses.by == "teacher"
 
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -245,7 +246,9 @@ def test_a_field_is_offered_as_response_where_it_can_be_named(
 ) -> None:
     """A source reads the field `response` of rows with a prompt alone."""
     text = json.dumps(row)
-    write_lines(tmp_path / "rows.jsonl", [json.loads(text.replace("{n}", str(n))) for n in range(9)])
+    write_lines(
+        tmp_path / "rows.jsonl", [json.loads(text.replace("{n}", str(n))) for n in range(9)]
+    )
     _, said = made("rows.jsonl", tmp_path)
     assert "not read: the fields" in said
     assert ("if one of them is the response" in said) == told
@@ -275,7 +278,9 @@ def test_conversations_that_end_in_a_user_turn_are_counted(
     ]  # fmt: skip
     write_lines(tmp_path / "rows.jsonl", rows)
     found, said = made("rows.jsonl", tmp_path)
-    assert ("in 10 of 40 conversations, user turns after the last response are left out" in said) == told
+    assert (
+        "in 10 of 40 conversations, user turns after the last response are left out" in said
+    ) == told
     assert ("40 of 40 end in a turn of the user, but have earlier answers" in said) != told
     assert found.data.responses.by == ("dataset" if told else "teacher")
     assert {len(each.messages) for each in read(found.data.train)} == {2 if told else 3}
