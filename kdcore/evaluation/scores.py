@@ -68,7 +68,7 @@ class Scores:
 
     @in_field("evaluation.answers")
     def read_by(self, tokenizer: Any) -> Scores:
-        """Read the references by the chat template of a model, and check them again.
+        """Read the references by the chat template of a model, and check those that change.
 
         Args:
             tokenizer: The tokenizer of the model that answers.
@@ -80,11 +80,14 @@ class Scores:
             UserError: A reference consists of a thought, a score refuses it, or the tokenizer lacks
                 a chat template.
         """
-        return replace(self, tokenizer=tokenizer)._checked() if self.of else self
+        return replace(self, tokenizer=tokenizer)._checked(self) if self.of else self
 
-    def _checked(self) -> Scores:
+    def _checked(self, before: Scores | None = None) -> Scores:
+        """Check each example, or only those that scores checked before read in another way."""
         for example in self.prompts:
             asked = _example(example, self.tokenizer)
+            if before is not None and asked == _example(example, before.tokenizer):
+                continue  # a check may parse formulas, or compile tests
             for score in self.of.values():
                 score.check(asked)
         return self

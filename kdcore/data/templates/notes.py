@@ -10,8 +10,8 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.rendering import REASONING, names
 
 NOTES_RULE = 1
-"""Version of the notes: rows that were encoded under another version are encoded again, for theirs
-are stored with them."""
+"""Version of the notes, which are stored with encoded rows; those under another version are encoded
+again."""
 
 NOT_WHOLE = "the chat template does not render {} of a response as written"
 NOT_READ = "the chat template does not read {}"

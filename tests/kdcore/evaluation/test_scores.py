@@ -157,6 +157,9 @@ def test_a_reference_that_is_a_thought_by_the_template_is_refused() -> None:
     with pytest.raises(UserError, match="the last response of row has none") as raised:
         asked.read_by(tiny_model(template=opens).tokenizer)
     assert raised.value.field == "evaluation.answers"
+    asked = scores([conversation("a", "#### 17 </think> it is")], "exact_match")
+    with pytest.raises(UserError, match="the response of row does not contain a number"):
+        asked.read_by(tiny_model(template=opens).tokenizer)
 
 
 def test_a_slow_score_shows_its_progress() -> None:
