@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -154,6 +155,15 @@ def cells_by_arm(spec: CompareSpec) -> dict[str, int]:
     return found
 
 
+def untried(spec: CompareSpec) -> Iterator[str]:
+    """Yield a line for each arm that is not tried over the whole grid, since it lacks a field."""
+    for arm in spec.arms:
+        if lacks := ", ".join(spec.lacks(arm)):
+            only = "is tried over the other fields of the grid only"
+            tried = only if spec.grids[arm] else "runs without trials"
+            yield f"arm '{arm}' {tried}: its spec lacks {lacks}"
+
+
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:
     """Whether an arm gets controls: it needs exactly one gate, whose rate the controls match."""
     return spec.controls and len(_gates(arm)) == 1
@@ -269,9 +279,21 @@ def _cell(
     rows = dict(data or {})
     responses = getattr(at_point.data, "responses", None)
     if isinstance(responses, KeptResponsesSpec):
-        rows["responses"] = {"folder": str(responses.folder or run.path("responses"))}
+        rows["responses"] = {"folder": str(responses.folder or _responses(spec, run, at_point))}
     own = {"run": str(_folder(spec, run, arm, point, seed)), "seed": seed, "data": rows}
     return Cell(arm, seed, point, changed(at_point, own), trial)
+
+
+def _responses(spec: CompareSpec, run: Run, cell: CellSpec) -> Path:
+    """The folder of a cell's responses: all in it have the same model and settings."""
+    own, shared = (
+        {name: said.get(name) for name in ("teacher", "target")} | said["data"]["responses"]
+        for said in (plain(cell), plain(spec.base))
+    )
+    if own == shared or own["by"] == "dataset":
+        return run.path("responses")
+    told = json.dumps(own, sort_keys=True).encode()
+    return run.path("responses", hashlib.sha256(told).hexdigest()[:12])
 
 
 def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Path:

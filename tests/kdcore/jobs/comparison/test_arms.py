@@ -153,15 +153,24 @@ def test_an_arm_without_the_field_of_a_grid_runs_once_a_seed(
         draws=20,
     )
     checked = " ".join(kdcore("check", file).stdout.split())
-    assert "arm 'none' has no method.gates.0.k: it has no trials" in checked
+    told = "arm 'none' runs without trials: its spec lacks method.gates.0.k"
+    assert told in checked
     assert "1 arm x 1 seed 1 arm x (1 grid point + 1 seed)" in checked
-    run = compare(compare_spec(file))
+    notes: list[str] = []
+    heard = Silent()
+    heard.note = notes.append  # type: ignore[method-assign]
+    run = compare(compare_spec(file), progress=heard)
+    assert notes.count(told) == 1
     outcome = run.read_json("comparison.json")
     none, chosen, *controls = outcome["arms"]
     assert "grid" not in none and none["figures"] and len(chosen["grid"]) == 1
     assert chosen["chosen"] == {"method.gates.0.k": 5} and len(controls) == 3
     assert run.path("cells/none/seed-0/results.json").is_file()
-    assert "none:" not in shown(outcome, "teacher_kl"), "it did not choose"
+    assert none["lacks"] == ["method.gates.0.k"] and "lacks" not in chosen
+    said = shown(outcome, "teacher_kl")
+    assert "none: not tried over method.gates.0.k, which its spec lacks" in said
+    assert "gated: method.gates.0.k 5" in said
+    assert all("lacks" not in control for control in controls)
 
 
 TORN = {"layers": [0, 99]}
@@ -180,7 +189,7 @@ def test_a_grid_that_chooses_on_reported_rows_is_told(tmp_path: Path, base: dict
 
     heldout = base["data"]["heldout"]
     file = asked(tmp_path, base, arms={"kd": {}}, grid=GRID, validation=heldout | {"limit": 3})
-    comparison._note_chosen_on(compare_spec(file), installed(), Told())
+    comparison._note_grid(compare_spec(file), installed(), Told())
     assert Told.lines == [
         "3 of 8 held-out rows are also in validation, which chooses the grid points; "
         "this makes the reported figures optimistic"
@@ -306,3 +315,19 @@ def test_an_unknown_metric_is_refused_before_a_cell_is_trained(
         assert f"{field}: unknown metric 'teacher_lk'" in said.stderr
         assert "did you mean 'teacher_kl'" in said.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_arms_whose_responses_differ_have_files_of_their_own(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Those that agree share them; the first arm has those of base."""
+    data = base["data"] | {"responses": {"by": "teacher", "max_new_tokens": 3}}
+    longer = {"data": {"responses": {"max_new_tokens": 4}}}
+    arms = {"kd": {}, "longer": longer, "fast": longer | {"training": {"learning_rate": 0.1}}}
+    asked_for = base | {"data": data, "evaluation": {"samples": 0}}
+    run = compare(compare_spec(asked(tmp_path, asked_for, arms=arms, seeds=[0], draws=10)))
+    assert run.read_json("comparison.json")["failures"] == {}
+    (other,) = (path for path in run.path("responses").iterdir() if path.is_dir())
+    for folder, arm in ((run.path("responses"), "kd"), (other, "longer"), (other, "fast")):
+        used = run.path(f"cells/{arm}/seed-0/data/train.jsonl")
+        assert used.read_bytes() == (folder / "train.jsonl").read_bytes()
