@@ -24,9 +24,7 @@ class Assembly(ChoiceBuilder):
 
     device: torch.device | None = None
 
-    def built(
-        self, choices: Mapping[str, Choice], field: Callable[[str], str]
-    ) -> dict[str, Any]:
+    def built(self, choices: Mapping[str, Choice], field: Callable[[str], str]) -> dict[str, Any]:
         """Build the components of a mapping in a spec.
 
         Args:

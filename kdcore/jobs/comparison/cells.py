@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -279,21 +278,9 @@ def _cell(
     rows = dict(data or {})
     responses = getattr(at_point.data, "responses", None)
     if isinstance(responses, KeptResponsesSpec):
-        rows["responses"] = {"folder": str(responses.folder or _responses(spec, run, at_point))}
+        rows["responses"] = {"folder": str(responses.folder or run.path("responses"))}
     own = {"run": str(_folder(spec, run, arm, point, seed)), "seed": seed, "data": rows}
     return Cell(arm, seed, point, changed(at_point, own), trial)
-
-
-def _responses(spec: CompareSpec, run: Run, cell: CellSpec) -> Path:
-    """The folder of a cell's responses: all in it have the same model and settings."""
-    own, shared = (
-        {name: said.get(name) for name in ("teacher", "target")} | said["data"]["responses"]
-        for said in (plain(cell), plain(spec.base))
-    )
-    if own == shared or own["by"] == "dataset":
-        return run.path("responses")
-    told = json.dumps(own, sort_keys=True).encode()
-    return run.path("responses", hashlib.sha256(told).hexdigest()[:12])
 
 
 def _folder(spec: CompareSpec, run: Run, arm: str, point: int, seed: int) -> Path:

@@ -7,7 +7,13 @@ from dataclasses import asdict, replace
 
 from kdcore.errors import UserError
 from kdcore.evaluation.bootstrap import paired_differences
-from kdcore.jobs.comparison.cells import Cell, best_point, deciding_metric, metrics_of, trial_figures
+from kdcore.jobs.comparison.cells import (
+    Cell,
+    best_point,
+    deciding_metric,
+    metrics_of,
+    trial_figures,
+)
 from kdcore.runs.comparison_results import Arm, ChosenBy, Comparison, GridPoint
 from kdcore.runs.inputs import refuse_mixed
 from kdcore.runs.results import CELL_COST, HELDOUT_ROWS, Cost, Difference, Measured, means_over

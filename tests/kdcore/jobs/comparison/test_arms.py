@@ -315,19 +315,3 @@ def test_an_unknown_metric_is_refused_before_a_cell_is_trained(
         assert f"{field}: unknown metric 'teacher_lk'" in said.stderr
         assert "did you mean 'teacher_kl'" in said.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_arms_whose_responses_differ_have_files_of_their_own(
-    tmp_path: Path, base: dict[str, Any]
-) -> None:
-    """Those that agree share them; the first arm has those of base."""
-    data = base["data"] | {"responses": {"by": "teacher", "max_new_tokens": 3}}
-    longer = {"data": {"responses": {"max_new_tokens": 4}}}
-    arms = {"kd": {}, "longer": longer, "fast": longer | {"training": {"learning_rate": 0.1}}}
-    asked_for = base | {"data": data, "evaluation": {"samples": 0}}
-    run = compare(compare_spec(asked(tmp_path, asked_for, arms=arms, seeds=[0], draws=10)))
-    assert run.read_json("comparison.json")["failures"] == {}
-    (other,) = (path for path in run.path("responses").iterdir() if path.is_dir())
-    for folder, arm in ((run.path("responses"), "kd"), (other, "longer"), (other, "fast")):
-        used = run.path(f"cells/{arm}/seed-0/data/train.jsonl")
-        assert used.read_bytes() == (folder / "train.jsonl").read_bytes()
