@@ -187,7 +187,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
-    return f"use one of: {', '.join(names[:MOST_NAMES])}{more}" if names else "no name is known"
+    return (
+        f"use one of: {', '.join(names[:MOST_NAMES])}{more}"
+        if names
+        else "leave it out: none exists"
+    )
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -25,7 +25,7 @@ PART = ".kdcore-part"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors for want of space: on the disk, of the user, or in one file."""
 _PATIENCE = 5.0
-"""Seconds in which another process has written the same file: its text is complete before."""
+"""Seconds to wait for another process that writes the same file, which takes it milliseconds."""
 
 
 def beside(path: Path) -> Path:
@@ -187,8 +187,8 @@ def refuse_existing(output: Path) -> None:
         output: The folder.
 
     Raises:
-        UserError: The folder has contents, is a symbolic link or a working directory, or cannot be
-            written.
+        UserError: The path does not name a new folder, is a symbolic link, has contents, or cannot
+            be written.
     """
     if output.name in ("", ".."):
         raise UserError(f"{output} does not name a new folder", f"use e.g. {output / 'new'}")

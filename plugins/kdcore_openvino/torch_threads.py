@@ -6,11 +6,9 @@ milliseconds, on the cores on which OpenVINO starts the next pass.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
-
-from kdcore.components.optional_packages import optional_package
 
 
 def one_thread() -> AbstractContextManager[None]:
@@ -19,18 +17,17 @@ def one_thread() -> AbstractContextManager[None]:
     `torch.set_num_threads` would also count for threads that start meanwhile.
 
     Returns:
-        The context.
-
-    Raises:
-        UserError: threadpoolctl is not installed.
+        The context, which changes nothing if threadpoolctl is not installed.
     """
-    limited: AbstractContextManager[None] = _openmp().limit(limits=1)
+    openmp = _openmp()
+    limited: AbstractContextManager[None] = openmp.limit(limits=1) if openmp else nullcontext()
     return limited
 
 
 @cache
 def _openmp() -> Any:
-    package = optional_package(
-        "threadpoolctl", "kdcore[openvino]", "the engine openvino", instead="use the engine torch"
-    )
-    return package.ThreadpoolController().select(user_api="openmp")
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:  # an older installation of the extra
+        return None
+    return ThreadpoolController().select(user_api="openmp")

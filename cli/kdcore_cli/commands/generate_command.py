@@ -370,7 +370,7 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
             file = place.open("x", encoding="utf-8")
         except FileExistsError:
             _refuse_taken(out)  # it was created since the first look
-            raise
+            raise UserError(f"another command was writing {out}", "rerun the command") from None
         except OSError as fault:
             raise unwritable(out, fault, "name a file in a writable folder") from None
         with file:
