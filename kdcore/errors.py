@@ -37,7 +37,10 @@ class UserError(Exception):
         cause: What is wrong.
         cure: What to type or change.
         field: The field of the spec that is wrong, as ``--set`` takes it; "" if it is not known.
+        placed: Whether ``cause`` begins with the place of the field in the spec's file.
     """
+
+    placed = False
 
     def __init__(self, cause: str, cure: str, field: str = "") -> None:
         self.cause, self.cure, self.field = one_line(cause), one_line(cure), field

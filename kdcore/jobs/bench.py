@@ -28,7 +28,7 @@ from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.evaluation.speed.bench_outcome import Cell, Measurement, names, outcome
 from kdcore.evaluation.speed.served_decoder import ServedDecoder, refuse_unreachable
 from kdcore.evaluation.speed.turns import Decode, Turns, prompts_by_turn
-from kdcore.jobs.resolution.benchmark import read_sets, refuse_methods
+from kdcore.jobs.resolution.benchmark import of_method, read_sets, refuse_methods
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device, processor_facts, synchronise
 from kdcore.models.facts import end_ids
@@ -141,7 +141,7 @@ def _read_inputs(
     device = chosen_device(spec.device)
     progress.note(f"device: {device}")
     assembly = Assembly(registry, device=device)
-    baselines = assembly.built("baselines", spec.baselines)
+    baselines = assembly.built(spec.baselines, "baselines.{}".format)
     with progress.stage("load the target", 1) as stage, in_field("target"):
         target = load_model(spec.target, device=device)
         stage.advance()
@@ -254,7 +254,8 @@ def _ours(
     engines: BoundEngines | None = None,
 ) -> Decode:
     sampling = sampling_at(settings.temperature)
-    decoder = build_decoder(target, spec.drafting(name), sampling, registry, note, engines)
+    with of_method(name):
+        decoder = build_decoder(target, spec.drafting(name), sampling, registry, note, engines)
     stop = Stop(settings.max_new_tokens, settings.ends)
     device = target.model.device
 
@@ -277,7 +278,9 @@ def _replays(
     engines = BoundEngines(target, registry)
 
     def replayed(name: str) -> Replay:
-        decoder = build_decoder(target, spec.drafting(name), sampling, registry, engines=engines)
+        with of_method(name):
+            drafting = spec.drafting(name)
+            decoder = build_decoder(target, drafting, sampling, registry, engines=engines)
         return replay(decoder, prompt, target.tokenizer, name, stop, spec.seed)
 
     return [replayed(name) for name in spec.methods]

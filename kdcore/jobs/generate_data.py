@@ -78,7 +78,7 @@ def _respond(
     asked = _conversations(spec, registry)
     with in_field("teacher"):
         answerer = _answerer(spec, registry, progress, on)
-    given = respond(asked, answerer, run.path(FILE), progress)
+    given = respond(asked, answerer, run.path(FILE), progress, field="source")
     ended = [m.ended for c in given.conversations for m in c.messages if m.role == "assistant"]
     run.update(
         responses=GeneratedResponses(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ class Assembly(ChoiceBuilder):
 
     device: torch.device | None = None
 
-    def built(self, field: str, choices: Mapping[str, Choice]) -> dict[str, Any]:
+    def built(self, choices: Mapping[str, Choice], field: Callable[[str], str]) -> dict[str, Any]:
         """Build the components of a mapping in a spec.
 
         Args:
-            field: The mapping's field.
             choices: Name -> component.
+            field: Name -> the field of the component.
 
         Returns:
             Name -> the built component.
@@ -39,7 +39,7 @@ class Assembly(ChoiceBuilder):
         """
         found: dict[str, Any] = {}
         for name, choice in choices.items():
-            with in_field(f"{field}.{name}"):
+            with in_field(field(name)):
                 found[name] = self.build(choice)
         return found
 

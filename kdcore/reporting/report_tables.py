@@ -315,7 +315,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
         )
     if comparison.chosen_by:
         yield _chosen_by(comparison.chosen_by)
-    yield from (f"  {_chosen(arm)}" for arm in comparison.arms if arm.grid)
+    yield from (f"  {_chosen(arm)}" for arm in comparison.arms if arm.grid or arm.lacks)
 
 
 def _chosen_by(choice: ChosenBy) -> str:
@@ -330,11 +330,14 @@ def _chosen_by(choice: ChosenBy) -> str:
 
 
 def _chosen(arm: Arm) -> str:
-    """The chosen values of an arm, marked where a better one may lie beyond the grid."""
+    """The chosen values of an arm, marked at the edge of the grid, and the fields that it lacks."""
     said = []
     for name, value in (arm.chosen or {}).items():
         tried = [point.fields[name] for point in arm.grid]
         ordered = all(type(each) in (int, float) for each in tried)  # only numbers have edges
         at_edge = ordered and min(tried) < max(tried) and value in (min(tried), max(tried))
         said.append(f"{name} {value}" + (" (the edge of the grid)" if at_edge else ""))
-    return f"{arm.arm}: {', '.join(said) or 'every grid point failed'}"
+    parts = [", ".join(said) or "every grid point failed"] if arm.grid else []
+    if arm.lacks:
+        parts.append(f"not tried over {', '.join(arm.lacks)}, which its spec lacks")
+    return f"{arm.arm}: {'; '.join(parts)}"

@@ -37,6 +37,7 @@ class Arm:
         differences: Figure -> the arm minus the baseline.
         controls: Control of a gated arm -> figure -> the arm minus that control.
         grid: The arm's grid points; empty without a grid.
+        lacks: The fields of the grid that its spec lacks, over which it is not tried.
         chosen: The fields of the best point; None without a grid, or if every point failed.
     """
 
@@ -47,6 +48,7 @@ class Arm:
     differences: Annotated[dict[str, Difference], LEFT_OUT] = field(default_factory=dict)
     controls: dict[str, dict[str, Difference]] = field(default_factory=dict)
     grid: Annotated[list[GridPoint], LEFT_OUT] = field(default_factory=list)
+    lacks: Annotated[list[str], LEFT_OUT] = field(default_factory=list)
     chosen: dict[str, Any] | None = None
 
 

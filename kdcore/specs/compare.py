@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, islice, product
+from itertools import chain, count, islice, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -184,7 +184,7 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         return grid
     for path in (path for path in grid if path not in having):
         for spec in (known["base"], arms[0]):  # base need not be an arm
-            _try(spec, nested({path: grid[path][0]}), info, "a field that no arm has")
+            _try(spec, nested({path: grid[path][0]}), info, "an unknown field")
     return {
         path: [_at_point(having[path], path, value, info) for value in values]
         for path, values in grid.items()
@@ -192,20 +192,27 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
 
 
 def _suiting(arm: Any, grid: dict[str, list[Any]], info: ValidationInfo | None) -> dict[str, Any]:
-    """The part of a grid whose fields the spec of an arm has.
+    """The part of a grid whose fields the spec of an arm has, at some of the grid's values.
 
-    A field may exist only beside the values of others: a parameter of a component that the grid
-    names.
+    A field may exist only beside some values of others: a parameter of a component that the grid
+    names. It is then part of all combinations, and those in which it does not exist are refused.
     """
     suits: dict[str, Any] = {}
     seen = -1
     while len(suits) > seen:
         seen = len(suits)
-        for path in grid.keys() - suits.keys():
-            alone = {path: grid[path][0]}
-            if not all(_lacks(arm, point, info) for point in (alone, suits | alone)):
+        for path in [path for path in grid if path not in suits]:
+            alone = {path: grid[path]}
+            around = {at: values for at, values in suits.items() if _is_around(at, path)}
+            tried = chain(points(alone), points(around | alone) if around else ())
+            if not all(_lacks(arm, point, info) for point in tried):
                 suits |= alone
     return {path: values for path, values in grid.items() if path in suits}
+
+
+def _is_around(field: str, path: str) -> bool:
+    """Whether a field lies in a mapping around that of a path, whose fields it may decide."""
+    return path.startswith(field[: field.rfind(".") + 1])
 
 
 def _lacks(arm: Any, point: Point, info: ValidationInfo | None) -> bool:
@@ -282,7 +289,7 @@ class CompareSpec(SpecModel):
         {},
         description="dotted path of a field, or of an item of a list by its index (e.g. "
         "method.gates.0.k) -> values to try; each arm keeps the combination that is best for it; "
-        "an arm whose spec lacks a field is not tried at its values",
+        "an arm whose spec lacks a field at all values of the grid is not tried over that field",
     )
     validation: SourceChoice | None = Field(
         None,
@@ -312,6 +319,10 @@ class CompareSpec(SpecModel):
         """Arm -> the part of the grid that it is tried at: the fields that its spec has."""
         arms = {name: changed(self.base, arm) for name, arm in self.arms.items()}
         return {name: _suiting(arm, self.grid, None) for name, arm in arms.items()}
+
+    def lacks(self, arm: str) -> list[str]:
+        """The fields of the grid that the spec of an arm lacks."""
+        return [path for path in self.grid if path not in self.grids[arm]]
 
     def points_of(self, arm: str) -> list[Point]:
         """What an arm is tried at: every combination, or one that changes nothing."""

@@ -29,6 +29,7 @@ from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.inputs import settle
 from kdcore.runs.progress import Progress
+from kdcore.specs.parts.training import source_field
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import processes
 
@@ -82,19 +83,19 @@ def read_rows(
     """
     if name == "train" and stream_of(source) is not None:
         return _streamed(source, spec, models, run, progress)
-    generated = None
+    generated, field = None, source_field(name)
     if spec.data.responses.by != "dataset" and name != "auxiliary":
         folder = spec.data.responses.folder or run.path("data")
         answering = answerer or models[0]
         answers = ModelAnswers(answering, spec.data.responses, registry, progress.note)
         ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
-        with in_field(f"data.{name}"):
+        with in_field(field):
             asked = source.read()
         with in_field("data.responses"):
-            generated = respond(asked, answers, path, progress, ranks).conversations
+            generated = respond(asked, answers, path, progress, ranks, field).conversations
     length = spec.data.max_length
-    with in_field(f"data.{name}"):
+    with in_field(field):
         rows, summary = encode_rows(
             source,
             models[0].tokenizer,
@@ -121,12 +122,16 @@ def _streamed(
     assert stream is not None  # as `read_rows` says
     tokenizer, length, training = models[0].tokenizer, spec.data.max_length, spec.training
     assert training.steps is not None  # `kdcore.data.batching.streaming.refuse_stream`
-    refuse_long_stream(length, models)
+    with in_field("data.max_length"):
+        refuse_long_stream(length, models)
+    with in_field("data.train"):
+        number = len(first.read())
     progress.note(
         "data.train is a stream, which the training reads as it goes: what follows about the rows "
-        f"describes the first {counted(len(first.read()), 'row')}"
+        f"describes the first {counted(number, 'row')}"
     )
-    rows, summary = encode_rows(first, tokenizer, length, progress)
+    with in_field("data.train"):
+        rows, summary = encode_rows(first, tokenizer, length, progress)
     note_cut_rows(summary, length, progress)
     of_step = training.batch_size * training.accumulation * processes(spec).num_processes
     streamed = StreamedRows(

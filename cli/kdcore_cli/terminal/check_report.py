@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kdcore.components.job import Job
 from kdcore.errors import counted
-from kdcore.jobs.comparison.cells import cells_by_arm
+from kdcore.jobs.comparison.cells import cells_by_arm, untried
 from kdcore.jobs.preflight.bench import BenchReport
 from kdcore.jobs.preflight.comparison import total_seconds
 from kdcore.jobs.preflight.drafter_cost import DrafterCost
@@ -165,10 +165,8 @@ def show_arms(console: Console, reports: Mapping[str, Report], spec: CompareSpec
     for points, count in alike.items():
         runs = f"({counted(points, 'grid point')}{trials} + {seeds})" if points else seeds
         console.print(f"  {counted(count, 'arm')} x {runs}")
-    for arm in reports:
-        if lacks := [path for path in spec.grid if path not in spec.grids[arm]]:
-            tried = "its points leave it out" if spec.grids[arm] else "it has no trials"
-            _indented(console, f"arm '{arm}' has no {', '.join(lacks)}: {tried}")
+    for line in untried(spec):
+        _indented(console, line)
     if spec.controls:
         console.print("  plus three controls for each arm with one gate")
     cells = cells_by_arm(spec)

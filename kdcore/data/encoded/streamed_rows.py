@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from kdcore.data.encoded.stream_windows import WindowPlaces, Windows
 from kdcore.data.source import DataSource
+from kdcore.errors import in_field
 from kdcore.method.records import Row
 
 
@@ -63,5 +64,6 @@ class StreamedRows(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice):
             return [self[each] for each in self._places[place]]
-        example = self._windows[self._places[place]]
-        return self._source.encode(example, self._tokenizer, self._max_length)
+        with in_field("data.train"):
+            example = self._windows[self._places[place]]
+            return self._source.encode(example, self._tokenizer, self._max_length)

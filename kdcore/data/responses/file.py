@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from kdcore.data.conversation import Conversation
 from kdcore.data.encoded.answered_lines import AnsweredLines, asked_by, json_line
 from kdcore.data.ranks import ALONE, Ranks
-from kdcore.errors import UserError, counted
+from kdcore.errors import UserError, counted, in_field
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import whole, write_whole
 
@@ -89,6 +89,7 @@ def respond(
     path: Path,
     progress: Progress,
     ranks: Ranks = ALONE,
+    field: str = "",
 ) -> Responses:
     """Replace all responses of the conversations by those of the answerer.
 
@@ -102,6 +103,7 @@ def respond(
             contains these conversations in order, followed by those of other runs.
         progress: Receiver of the progress and the notes.
         ranks: The processes that share the work, each of which calls this with the same arguments.
+        field: The field of the conversations in the spec, for mistakes in them.
 
     Returns:
         The answered conversations, in every process.
@@ -112,7 +114,8 @@ def respond(
     """
     asked = [questions_of(c) for c in conversations]
     keys = [asked_by(each) for each in asked]
-    batches = answerer.plan(asked)
+    with in_field(field):
+        batches = answerer.plan(asked)
     planned = {asked_by(question) for batch in batches for question in batch}
     ordered = [key for key in keys if key in planned]
 
@@ -132,6 +135,7 @@ def respond(
         raise UserError(
             f"none of the {len(conversations)} conversations was answered: {answerer.why_not}",
             "use other prompts, or lower max_new_tokens",
+            field,
         )
     if len(answers) < len(conversations):
         progress.note(

@@ -154,6 +154,15 @@ def cells_by_arm(spec: CompareSpec) -> dict[str, int]:
     return found
 
 
+def untried(spec: CompareSpec) -> Iterator[str]:
+    """Yield a line for each arm that is not tried over the whole grid, since it lacks a field."""
+    for arm in spec.arms:
+        if lacks := ", ".join(spec.lacks(arm)):
+            only = "is tried over the other fields of the grid only"
+            tried = only if spec.grids[arm] else "runs without trials"
+            yield f"arm '{arm}' {tried}: its spec lacks {lacks}"
+
+
 def _is_controlled(spec: CompareSpec, arm: CellSpec) -> bool:
     """Whether an arm gets controls: it needs exactly one gate, whose rate the controls match."""
     return spec.controls and len(_gates(arm)) == 1

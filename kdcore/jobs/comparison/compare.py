@@ -8,9 +8,9 @@ first runs at every grid point, on rows and with seeds that are not reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -18,39 +18,21 @@ from kdcore.components.choice import choices
 from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, in_field, nearest
-from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
-    best_point,
     cells_by_arm,
-    deciding_metric,
     independent_cells,
     metrics_of,
-    trial_figures,
+    untried,
 )
+from kdcore.jobs.comparison.outcome import outcome
 from kdcore.jobs.ray_workers import Cluster, connected
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.loaded import first_few
-from kdcore.runs.comparison_results import (
-    COMPARISON,
-    Arm,
-    ChosenBy,
-    Comparison,
-    GridPoint,
-    refuse_unmeasured,
-)
+from kdcore.runs.comparison_results import COMPARISON, refuse_unmeasured
 from kdcore.runs.folder import Run
-from kdcore.runs.inputs import refuse_mixed
 from kdcore.runs.progress import Progress, Silent
-from kdcore.runs.results import (
-    CELL_COST,
-    HELDOUT_ROWS,
-    Cost,
-    Difference,
-    Measured,
-    means_over,
-)
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.parts.changes import changed, has
@@ -105,11 +87,11 @@ def compare(
             return _share(spec, registry, progress, on, share, overwrite=overwrite)
         run = Run.open(spec.run, spec, registry, overwrite=overwrite, resume=resume)
         with run.closed_after():
-            _note_chosen_on(spec, registry, progress)
+            _note_grid(spec, registry, progress)
             made = _pass(spec, run, registry, progress, on)
             if made.waiting:
                 raise _busy(made.waiting[0])
-            run.write(COMPARISON, _outcome(spec, made.cells))
+            run.write(COMPARISON, outcome(spec, made.cells))
     return run
 
 
@@ -133,7 +115,7 @@ def _share(
         )
     run = Run.open(spec.run, spec, registry, resume=True, shared=True)
     with pinned(run.facts.date or ""):
-        _note_chosen_on(spec, registry, progress)
+        _note_grid(spec, registry, progress)
         made = _pass(spec, run, registry, progress, on, share)
         while made.ran:  # now cells may run that waited for these, or for those of other shares
             made = _pass(spec, run, registry, progress, on, share)
@@ -144,7 +126,7 @@ def _share(
         )
         return run
     with run.closed_after():
-        run.write(COMPARISON, _outcome(spec, made.cells))
+        run.write(COMPARISON, outcome(spec, made.cells))
     return run
 
 
@@ -252,8 +234,13 @@ def _refuse_untrainable(spec: CompareSpec, registry: Registry) -> None:
             raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure, field) from wrong
 
 
-def _note_chosen_on(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
-    """Note it when grid points are chosen on reported rows, which makes the figures optimistic."""
+def _note_grid(spec: CompareSpec, registry: Registry, progress: Progress) -> None:
+    """Note arms that lack fields of the grid, and grid points that reported rows choose.
+
+    Figures are optimistic where the rows that are reported choose the point.
+    """
+    for line in untried(spec):
+        progress.note(line)
     reported = spec.base.data.heldout
     if spec.validation is None or reported is None:
         return
@@ -286,111 +273,3 @@ def _refuse_unmeasured(spec: CompareSpec, cell: Cell) -> None:
             f"choose_by names '{spec.choose_by}', which was not measured",
             nearest(spec.choose_by, known),
         )
-
-
-def _outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
-    """Each arm's mean figures and cost over seeds, and its differences from baseline and controls.
-
-    Raises:
-        UserError: No cell of the baseline succeeded, or cells have read other inputs.
-    """
-    refuse_mixed(cell.run for cell in cells if cell.done)
-    failures = {cell.name: cell.failure for cell in cells if cell.failure is not None}
-    baseline = spec.baseline or next(iter(spec.arms))
-    done = [cell for cell in cells if cell.done and not cell.trial]
-    measured: dict[str, dict[int, Measured]] = {}
-    for cell in done:
-        measured.setdefault(cell.arm, {})[cell.seed] = _measured(cell)
-    theirs = measured.get(baseline)
-    if theirs is None:
-        reasons = dict.fromkeys(
-            cell.failure for cell in cells if cell.failure is not None and cell.arm == baseline
-        )
-        raise UserError(
-            f"every cell of the baseline '{baseline}' failed: {'; '.join(reasons)}",
-            "fix that, then rerun with resume=True",
-        )
-    done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
-    controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
-    names = [
-        name
-        for arm in spec.arms
-        for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
-    ]
-    rows: list[Arm] = []
-    told, flattered = dict(failures), []
-    for arm in names:
-        own = [cell for cell in done if cell.arm == arm]
-        if any(cell.results().kept_by_these_rows for cell in own):
-            flattered.append(arm)
-        trials = [cell for cell in cells if cell.arm == arm and cell.trial]
-        row = _with_choice(Arm(arm, [cell.seed for cell in own]), spec, trials)
-        if ours := measured.get(arm):
-            row = replace(
-                row,
-                figures=means_over([each.means() for each in ours.values()]),
-                cost=_mean_cost(own),
-                controls={  # a gate is judged by its advantage over its own controls
-                    name.removeprefix(f"{arm}+"): _differences(ours, measured[name], spec.draws)
-                    for name in controls
-                    if name.startswith(f"{arm}+") and name in measured
-                },
-            )
-            try:
-                row = replace(row, differences=_differences(ours, theirs, spec.draws))
-            except ValueError:
-                told[arm] = f"not compared: measured on different rows than '{baseline}'"
-        rows.append(row)
-    metric = deciding_metric(spec, [cell.results() for cell in cells if cell.trial])
-    chosen_by = None
-    if spec.validation and metric:
-        chosen_by = ChosenBy(metric, spec.validation.dump(), spec.trial_seeds)
-    return Comparison(
-        baseline=baseline,
-        seeds=spec.seeds,
-        metrics=metrics_of([cell.results() for cell in done]),
-        arms=rows,
-        failures=told,
-        kept_by_these_rows=flattered,
-        chosen_by=chosen_by,
-    )
-
-
-def _with_choice(arm: Arm, spec: CompareSpec, trials: Sequence[Cell]) -> Arm:
-    """Return the arm with its grid points, their figures and the chosen point."""
-    if not trials:
-        return arm
-    best, points = best_point(spec, trials), spec.points_of(arm.arm)
-    return replace(
-        arm,
-        grid=[*map(GridPoint, points, trial_figures(spec, trials))],
-        chosen=None if best is None else points[best],
-    )
-
-
-def _differences(
-    ours: Mapping[int, Measured], theirs: Mapping[int, Measured], draws: int
-) -> dict[str, Difference]:
-    """Differences over the shared seeds. Raises ValueError when the held-out rows differ."""
-    shared = [seed for seed in ours if seed in theirs]
-    if not shared:
-        return {}
-    return paired_differences([ours[s] for s in shared], [theirs[s] for s in shared], draws)
-
-
-def _measured(cell: Cell) -> Measured:
-    """Read the held-out rows of a done cell. Raises UserError when the file lacks them."""
-    rows = cell.run.read(HELDOUT_ROWS)
-    if rows is None or rows.after is None:
-        raise UserError(
-            f"{cell.run.path(HELDOUT_ROWS.name)} does not contain the held-out rows of {cell.name}",
-            f"remove {cell.run.folder}, then rerun with resume=True",
-        )
-    return rows.after
-
-
-def _mean_cost(cells: Sequence[Cell]) -> Cost:
-    """The mean cost of done cells; a value that one cell lacks is left out."""
-    costs = [cell.run.read(CELL_COST) or Cost() for cell in cells]
-    known = [{n: v for n, v in asdict(cost).items() if v is not None} for cost in costs]
-    return Cost(**means_over(known))

@@ -9,7 +9,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import in_field
 from kdcore.evaluation.speed.turns import prompt_count
 from kdcore.jobs.preflight.drafter_cost import DrafterCost, drafter_cost
-from kdcore.jobs.resolution.benchmark import read_sets, refuse_methods
+from kdcore.jobs.resolution.benchmark import of_method, read_sets, refuse_methods
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import chosen_device
 from kdcore.models.facts import ModelFacts, describe_model
@@ -54,7 +54,7 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
     Run(spec.run).refuse_foreign()
     refuse_methods(spec, registry)
     device, assembly = chosen_device(spec.device), Assembly(registry)
-    assembly.built("baselines", spec.baselines)
+    assembly.built(spec.baselines, "baselines.{}".format)
     with in_field("target"):
         target = load_model(spec.target, weights=False)
     questions, prompts = read_sets(spec, target, assembly)
@@ -66,6 +66,7 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
             *(spec.target, target, methods, first, device, registry),
             batch_sizes=spec.batch_sizes,
             temperature=spec.temperatures[0],
+            of=of_method,
         )
     count = {name: prompt_count(rows, spec) for name, rows in questions.items()}
     settings = len(spec.temperatures) * len(spec.batch_sizes) * max(1, len(spec.threads))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from kdcore.components.registry import Registry
 from kdcore.decoding.build import REFERENCE, build_decoder, engine_choice
 from kdcore.decoding.engines.protocols import ConvertingEngine
 from kdcore.decoding.loop import Decoder
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.evaluation.speed.break_even import TOKENS, BreakEven, break_even
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
@@ -77,6 +78,7 @@ def drafter_cost(
     registry: Registry,
     batch_sizes: Sequence[int] = (1,),
     temperature: float = 0.0,
+    of: Callable[[str], AbstractContextManager[None]] = lambda name: in_field("drafter"),
 ) -> DrafterCost:
     """Load the target, and measure the rounds of drafters.
 
@@ -91,6 +93,7 @@ def drafter_cost(
         registry: The components that the drafters may name.
         batch_sizes: Numbers of copies of the prompt that are decoded at once.
         temperature: The sampling temperature.
+        of: Name of a drafter -> a context that names its field in mistakes (default: drafter).
 
     Returns:
         The measurements, or the reason why there are none.
@@ -101,7 +104,8 @@ def drafter_cost(
     here = machine(device)
     if reason := _not_measurable(spec, outline, device):
         return DrafterCost(here, notes=(f"not measured: {reason}",))
-    target = load_model(spec, device=device)
+    with in_field("target"):
+        target = load_model(spec, device=device)
     context = context_of(target.model)
     room = CONTEXT if context is None else min(CONTEXT, context - TOKENS)
     if room < 1:
@@ -119,10 +123,11 @@ def drafter_cost(
     plain: dict[str, Decoder] = {}
     found = []
     for name, drafting in drafters.items():
-        engine = quick_engine(target, drafting.engine, registry, notes)
-        drafted = decoder(drafting, engine)
-        if (key := str(engine)) not in plain:
-            plain[key] = decoder(DraftingSpec.model_validate({}), engine)
+        with of(name):
+            engine = quick_engine(target, drafting.engine, registry, notes)
+            drafted = decoder(drafting, engine)
+            if (key := str(engine)) not in plain:
+                plain[key] = decoder(DraftingSpec.model_validate({}), engine)
         for size in batch_sizes:
             share = SECONDS / len(drafters) / len(batch_sizes)
             cost = break_even(drafted, plain[key], [prompt] * size, share)

@@ -57,7 +57,7 @@ def preflight_generation(
     count = sum(c.turns for c in asked)
     tokens = count * spec.responses.max_new_tokens
     if isinstance(spec.teacher, EndpointSpec):
-        with in_field("teacher"):
+        with in_field("source"):
             EndpointAnswers(spec.teacher, spec.responses).plan(asked)
         return GenerationReport(spec.teacher.model, len(asked), count, tokens, None)
     with in_field("teacher"):

@@ -16,6 +16,7 @@ from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
+from kdcore.specs.parts.training import source_field
 from kdcore.specs.train_drafter import TrainedSpec
 from kdcore.training.arguments import training_arguments
 from kdcore.training.method import build_objective
@@ -62,15 +63,15 @@ def _mistakes(spec: TrainedSpec, registry: Registry, run: Run, judge: Judge) -> 
     tried("training", lambda: training_arguments(spec, run))
     built: dict[str, DataSource] = {}
     for name, choice in spec.data.sources.items():
-        source = tried(f"data.{name}", partial(assembly.build, choice))
+        source = tried(source_field(name), partial(assembly.build, choice))
         built |= {} if source is None else {name: source}
     built = sampled(built)
-    unread = {name for name, each in built.items() if tried(f"data.{name}", each.read) is None}
+    unread = {name for name, each in built.items() if tried(source_field(name), each.read) is None}
     readers = _models(spec, built["train"], tried) if "train" in built else []
     for name, source in built.items() if readers else ():
         if name in unread:
             continue
-        tried(f"data.{name}", partial(judge, source, name, spec, readers))
+        tried(source_field(name), partial(judge, source, name, spec, readers))
     return wrong
 
 

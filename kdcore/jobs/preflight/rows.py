@@ -19,6 +19,7 @@ from kdcore.errors import UserError, counted, in_field
 from kdcore.method.records import Row
 from kdcore.models.facts import Context, positions_of, refuse_longer, token_texts
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.specs.parts.training import source_field
 from kdcore.specs.train_drafter import TrainedSpec
 
 SAMPLE = 256
@@ -141,7 +142,7 @@ def data_facts(
         UserError: The source is empty, has no learned positions, or has a row that is too long
             for a model.
     """
-    with in_field(f"data.{name}"):
+    with in_field(source_field(name)):
         return _facts(source, name, spec, models)
 
 
@@ -154,12 +155,13 @@ def _facts(
     if not len(examples):
         raise UserError(f"data.{name} is empty", "choose a source with at least one row")
     if isinstance(source, FirstExamples):
-        refuse_long_stream(limit, models)
+        with in_field("data.max_length"):
+            refuse_long_stream(limit, models)
     places = range(0, len(examples), -(-len(examples) // SAMPLE))
     notes: dict[str, str] = {}
     if left_out := getattr(source, "left_out", ()):
-        without = f"{counted(len(left_out), 'row')} without a response or a label left out"
-        notes[without] = left_out[0]
+        rows = counted(len(left_out), "row")
+        notes[f"kdcore leaves out {rows} without a response or a label"] = left_out[0]
     sizes_of_rows = [
         _sizes_of(source, examples[place], spec, tokenizer, contexts, notes) for place in places
     ]

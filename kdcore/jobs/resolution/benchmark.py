@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 from kdcore.components.registry import Registry
@@ -11,8 +13,20 @@ from kdcore.errors import in_field, inside
 from kdcore.evaluation.speed.turns import encoded, read_questions
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.specs.bench import BenchSpec
+from kdcore.specs.bench import PLAIN, BenchSpec
 from kdcore.specs.parts.decoding import sampling_at
+
+
+@contextmanager
+def of_method(name: str) -> Iterator[None]:
+    """Name the field of a method in the mistakes raised inside; of ``plain``, that of its engine.
+
+    Args:
+        name: The method's name.
+    """
+    place = f"methods.{name}"
+    with in_field("engine") if name == PLAIN else in_field(place), inside(place):
+        yield
 
 
 def refuse_methods(spec: BenchSpec, registry: Registry) -> None:
@@ -26,7 +40,7 @@ def refuse_methods(spec: BenchSpec, registry: Registry) -> None:
         UserError: The parts of a method do not fit together.
     """
     for temperature, (name, drafting) in product(spec.temperatures, spec.methods.items()):
-        with in_field(f"methods.{name}"), inside(f"methods.{name}"):
+        with of_method(name):
             build_before_target(drafting, sampling_at(temperature), registry)
 
 

@@ -51,6 +51,7 @@ from kdcore.runs.progress import Progress, Silent
 from kdcore.runs.results import METRICS, OF_TEACHER
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.teachers import ServedTeacherSpec
+from kdcore.specs.parts.training import source_field
 from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import micro_batches, processes, several_shards
 from kdcore.training.method import Method
@@ -117,7 +118,7 @@ class ResolvedDistill:
         if not before_cache:
             refuse_no_teacher(spec, method.objective, method.auxiliary)
         refuse_across_tokenizers(spec, method.objective)
-        sources = assembly.built("data", spec.data.sources)
+        sources = assembly.built(spec.data.sources, source_field)
         refuse_augmentation(spec, sources["train"], cached=before_cache)
         refuse_stream(spec, sources["train"], cached=before_cache)
         with in_field("data.heldout"):
@@ -369,7 +370,7 @@ class ResolvedDrafter:
 
 def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:
     """Build the spec's data sources. Raises UserError for a source of classification rows."""
-    sources = assembly.built("data", spec.data.sources)
+    sources = assembly.built(spec.data.sources, source_field)
     for name, source in sources.items():
         if model_kind(source) is not AutoModelForCausalLM:
             raise UserError(

@@ -29,6 +29,7 @@ _NO_ALIGNMENT = (
     "choose teachers and a student of one family: several teachers need one tokenizer (a method "
     "with method.alignment takes a single teacher)"
 )
+_ONE_REFERENCE = "let the gate name a reference model of the teacher's family"
 _ONE_LIST = (
     "give it the class list of the training rows (labelled_text: classes_from), so that a class "
     "means the same label in both"
@@ -137,11 +138,14 @@ class TeacherAndStudent:
             return cls(teacher, student, student.classes, aligned=True)
         first = teacher or student
         _refuse_other_kind(first, source)
-        others = [student] if third is None else [student, third]
-        others += several.values()
+        others = {"student": student} | ({} if third is None else {"method.gates": third})
+        others |= {f"teachers.{name}": model for name, model in several.items()}
         cure = _NO_ALIGNMENT if spec.teachers else _ONE_VOCABULARY
-        with in_field("student"):
-            classes = min(shared_vocabulary(first, other, cure) for other in others)
+        classes = first.classes
+        for place, other in others.items():
+            mended = _ONE_REFERENCE if other is third else cure
+            with in_field(place):
+                classes = min(classes, shared_vocabulary(first, other, mended))
         for other in several.values() if weights else ():
             set_padding(other.model, first.tokenizer)
         if third is not None and weights:

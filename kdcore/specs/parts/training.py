@@ -122,6 +122,15 @@ class RowsSpec(SpecModel):
         return {name: source for name, source in every.items() if source is not None}
 
 
+def source_field(name: str) -> str:
+    """The field of a source, as ``--set`` takes it.
+
+    Args:
+        name: Its key in `RowsSpec.sources`.
+    """
+    return f"data.{name}.source" if name == "auxiliary" else f"data.{name}"
+
+
 _SOURCE: TypeAdapter[Choice] = TypeAdapter(SourceChoice)
 
 

@@ -63,7 +63,8 @@ def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") ->
         given_as: See `read_spec`.
 
     Raises:
-        UserError: A mistake was raised inside; now each has its line or assignment.
+        UserError: A mistake was raised inside; now each has its line or assignment. A single one
+            remains the same exception.
     """
     if not path.is_file():
         yield
@@ -74,12 +75,18 @@ def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") ->
     try:
         yield
     except UserError as wrong:
-        found = wrong.found if isinstance(wrong, Mistakes) else [wrong] if wrong.field else []
-        if not found:
+        several = isinstance(wrong, Mistakes)
+        if wrong.placed or not (several or wrong.field):
             raise
-        raise document.error(
-            [Mistake(tuple(filter(None, m.field.split("."))), m.cause, m.cure) for m in found]
-        ) from wrong
+        found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
+        placed = document.error(
+            [Mistake(document.place_of(m.field), m.cause, m.cure) for m in found]
+        )
+        if several:
+            raise placed from wrong
+        wrong.cause, wrong.cure, wrong.args = placed.cause, placed.cure, placed.args
+        wrong.placed = True
+        raise
 
 
 def parse_spec(
@@ -219,8 +226,23 @@ class _Document:
                 cure = cure.removeprefix("change it; ")
                 if m.place:
                     cure = f"{m.dotted}: {cure.removeprefix(f'{m.place[-1]}: ')}"
-            placed.append(UserError(cause, cure))
-        return placed[0] if len(every) == 1 else Mistakes(placed, len(every) - len(placed))
+            placed.append(UserError(cause, cure, m.dotted))
+        told = placed[0] if len(every) == 1 else Mistakes(placed, len(every) - len(placed))
+        told.placed = True
+        return told
+
+    def place_of(self, field: str) -> Place:
+        """The place that a field names; a key may contain dots, as those of a grid do."""
+        place: Place = ()
+        into: Any = self.data
+        keys = [key for key in field.split(".") if key]
+        while keys:
+            known = into if isinstance(into, dict) else {}
+            joined = (".".join(keys[:count]) for count in range(len(keys), 0, -1))
+            key = next((key for key in joined if key in known), keys[0])
+            into, keys = known.get(key), keys[key.count(".") + 1 :]
+            place = (*place, key)
+        return place
 
     def _replaced(self, place: Place, label: str) -> None:
         kept = {p: o for p, o in self._origin.items() if p[: len(place)] != place}

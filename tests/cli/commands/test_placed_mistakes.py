@@ -108,6 +108,7 @@ PLACED = [
     (("bench",), *MODEL, "2: target"),
     (("bench",), *ROWS, "4: sets.chats"),
     (("bench",), "drafter: {name: ngram}", "folder: none", "6: methods.n"),
+    (("bench",), "{name: ngram}}", "{name: ngram}, tree: {name: chain}}", "6: methods.n"),
     (("evaluate",), *MODEL, "2: model"),
     (("evaluate",), *ROWS, "3: heldout"),
     (("cache", "build", "--out", "cache"), *MODEL, "2: teacher"),
@@ -153,6 +154,44 @@ def test_check_says_which_line_of_a_comparison_is_wrong(
     said = kdcore("check", spec)
     assert said.code == 2, said.err
     assert said.err.startswith(f"error: spec.yaml:{place}"), said.err
+
+
+@pytest.mark.parametrize(
+    ("grid", "place"),
+    [
+        ("data.train.path: [none.jsonl, rows.jsonl]", "grid.data.train.path: arm 'own': /"),
+        ("student.layers: [[7], [0]]", "grid.student.layers: arm 'own': layers [7] do"),
+    ],
+)
+def test_check_says_which_value_of_a_grid_is_wrong(
+    kdcore: Kdcore, written: Callable[..., str], grid: str, place: str
+) -> None:
+    spec = written("compare", "    data: {train: {name: chat, path: rows.jsonl}}\n", "    {}\n")
+    write_lines(Path("other.jsonl"), CHATS[:2])
+    text = Path(spec).read_text() + "validation: {name: chat, path: other.jsonl}\n"
+    Path(spec).write_text(f"{text}grid:\n  training.steps: [1]\n  {grid}\n")
+    said = kdcore("check", spec)
+    assert said.code == 2, said.err
+    assert said.err.startswith(f"error: spec.yaml:14: {place}"), said.err
+
+
+def test_check_says_that_the_rows_of_validation_are_wrong(
+    kdcore: Kdcore, written: Callable[..., str]
+) -> None:
+    spec = written("compare", "    data: {train: {name: chat, path: rows.jsonl}}\n", "    {}\n")
+    text = Path(spec).read_text() + "grid: {training.steps: [1]}\n"
+    Path(spec).write_text(text + "validation: {name: chat, path: none.jsonl}\n")
+    said = kdcore("check", spec)
+    assert said.code == 2 and said.err.startswith("error: spec.yaml:12: validation: "), said.err
+
+
+def test_a_conversation_that_the_template_rejects_has_its_line(
+    kdcore: Kdcore, written: Callable[..., str]
+) -> None:
+    Path("no.jinja").write_text("{{ raise_exception('not so') }}")
+    spec = written("generate-data", "{model: teacher}", "{model: teacher, template: no.jinja}")
+    said = kdcore("generate-data", spec)
+    assert said.code == 2 and "\nerror: spec.yaml:3: source: rows.jsonl:1" in said.err, said.err
 
 
 def test_a_run_folders_own_spec_is_read_before_it_is_replaced(

@@ -8,6 +8,7 @@ import pytest
 
 from kdcore.errors import Mistakes, TrainingDiverged, UserError
 from kdcore.runs.folder import Run
+from kdcore.runs.inputs import OtherInput
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.jobs import JOBS
 from kdcore.specs.reading.file import placing, read_spec
@@ -358,6 +359,26 @@ def test_mistakes_that_a_run_finds_are_placed_as_far_as_their_fields_are_known(
         raise UserError("no field", "cure")
     with pytest.raises(TrainingDiverged), placing(spec_file):
         raise TrainingDiverged("the loss is NaN", "lower it")
+
+
+def test_a_placed_mistake_keeps_its_class_and_its_field(spec_file: Path) -> None:
+    """And is placed once: a job may run another spec."""
+    spec_file.write_text(GOOD)
+    other = spec_file.with_name("other.yaml")
+    other.write_text("\n" + GOOD)
+    changed = OtherInput("the layers changed", "restore them", "student.layers")
+    with pytest.raises(OtherInput) as caught, placing(other), placing(spec_file):
+        raise changed
+    assert caught.value is changed and changed.field == "student.layers"
+    assert str(changed) == "spec.yaml:5: student.layers: the layers changed\nrestore them"
+    found = [UserError("a", "b", "teacher"), UserError("c", "d", "student.layers")]
+    with pytest.raises(Mistakes) as both, placing(other), placing(spec_file):
+        raise Mistakes(found)
+    assert [each.field for each in both.value.found] == ["teacher", "student.layers"]
+    assert both.value.cause.count(".yaml:") == 2
+    with pytest.raises(UserError) as invalid:
+        read(spec_file, GOOD, "teacher=[]")
+    assert invalid.value.field == "teacher"
 
 
 def test_the_resolved_spec_of_a_run_reads_as_the_same_spec(spec_file: Path) -> None:

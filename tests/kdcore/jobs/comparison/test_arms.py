@@ -153,15 +153,24 @@ def test_an_arm_without_the_field_of_a_grid_runs_once_a_seed(
         draws=20,
     )
     checked = " ".join(kdcore("check", file).stdout.split())
-    assert "arm 'none' has no method.gates.0.k: it has no trials" in checked
+    told = "arm 'none' runs without trials: its spec lacks method.gates.0.k"
+    assert told in checked
     assert "1 arm x 1 seed 1 arm x (1 grid point + 1 seed)" in checked
-    run = compare(compare_spec(file))
+    notes: list[str] = []
+    heard = Silent()
+    heard.note = notes.append  # type: ignore[method-assign]
+    run = compare(compare_spec(file), progress=heard)
+    assert notes.count(told) == 1
     outcome = run.read_json("comparison.json")
     none, chosen, *controls = outcome["arms"]
     assert "grid" not in none and none["figures"] and len(chosen["grid"]) == 1
     assert chosen["chosen"] == {"method.gates.0.k": 5} and len(controls) == 3
     assert run.path("cells/none/seed-0/results.json").is_file()
-    assert "none:" not in shown(outcome, "teacher_kl"), "it did not choose"
+    assert none["lacks"] == ["method.gates.0.k"] and "lacks" not in chosen
+    said = shown(outcome, "teacher_kl")
+    assert "none: not tried over method.gates.0.k, which its spec lacks" in said
+    assert "gated: method.gates.0.k 5" in said
+    assert all("lacks" not in control for control in controls)
 
 
 TORN = {"layers": [0, 99]}
@@ -180,7 +189,7 @@ def test_a_grid_that_chooses_on_reported_rows_is_told(tmp_path: Path, base: dict
 
     heldout = base["data"]["heldout"]
     file = asked(tmp_path, base, arms={"kd": {}}, grid=GRID, validation=heldout | {"limit": 3})
-    comparison._note_chosen_on(compare_spec(file), installed(), Told())
+    comparison._note_grid(compare_spec(file), installed(), Told())
     assert Told.lines == [
         "3 of 8 held-out rows are also in validation, which chooses the grid points; "
         "this makes the reported figures optimistic"

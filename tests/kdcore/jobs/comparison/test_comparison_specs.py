@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from kdcore.errors import UserError
 from kdcore.jobs.comparison.cells import cells_by_arm
+from kdcore.jobs.preflight.comparison import _of_cells
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.changes import changed, nested
@@ -185,11 +186,14 @@ def test_a_parameter_of_a_component_that_the_grid_names(
     fields = {"method.divergence.alpha": [0.1, 0.2], "method.divergence.name": ["skew_kl"]}
     for order in (fields, dict(reversed(fields.items()))):
         file = asked(tmp_path, base, arms={"kd": {}}, grid=order, validation=OTHER)
-        assert len(compare_spec(file).points_of("kd")) == 2
-        names = {"method.divergence.name": ["skew_kl", "forward_kl"]}
-        file = asked(tmp_path, base, arms={"kd": {}}, grid=order | names, validation=OTHER)
-        with pytest.raises(UserError, match="unknown key"):
-            read_spec(file)
+        spec = compare_spec(file)
+        assert len(spec.points_of("kd")) == 2
+        assert [*spec.grids["kd"]] == [*order], "in the grid's order"
+        for names in (["skew_kl", "forward_kl"], ["forward_kl", "skew_kl"]):
+            grid = order | {"method.divergence.name": names}
+            file = asked(tmp_path, base, arms={"kd": {}}, grid=grid, validation=OTHER)
+            with pytest.raises(UserError, match="alpha: unknown key"):
+                read_spec(file)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +237,23 @@ def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
         CompareSpec.model_validate(
             {"job": "compare", "base": base, "arms": {"a": {}}} | {"grid": grid}
         )
+
+
+def test_a_field_of_a_cell_is_that_of_the_comparison() -> None:
+    """Also inside of what is set whole; and a cause does not repeat the cell's field."""
+    cells: dict[str, Any] = {"student": {"layers": [1]}, "data": {"train": {"name": "chat"}}}
+    fields = {"method.tau": "grid.method.tau", "data.heldout": "validation"}
+    of_cells = {
+        "method.tau": "grid.method.tau",
+        "data.heldout.path": "validation.path",
+        "data.heldout": "validation",
+        "data.train.path": "arms.a.data.train.path",
+        "student.layers": "arms.a.student.layers",
+        "student.model": "base.student.model",
+        "data.validation": "base.data.validation",
+        "": "",
+    }
+    for field, placed in of_cells.items():
+        mistake = UserError(f"{field}: torn" if field else "torn", "cure", field)
+        found = _of_cells(mistake, "arm 'a'", fields, {"arms.a": cells})
+        assert (found.cause, found.field) == ("arm 'a': torn", placed)

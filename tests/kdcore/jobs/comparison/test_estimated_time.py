@@ -14,7 +14,7 @@ ROWS = {"name": "chat", "path": "rows.jsonl"}
 SECONDS = {"responses": 100.0, "hidden states": 30.0, "training": 7.0}
 
 
-def estimated(data: dict[str, Any], arms: dict[str, Any]) -> float:
+def estimated(data: dict[str, Any], arms: dict[str, Any], **fields: Any) -> float:
     """The time of arms over two seeds, whose reports are alike."""
     base = {
         "job": "train-drafter",
@@ -23,7 +23,7 @@ def estimated(data: dict[str, Any], arms: dict[str, Any]) -> float:
         "data": {"train": ROWS, "heldout": ROWS} | data,
     }
     spec = CompareSpec.model_validate(
-        {"job": "compare", "base": base, "arms": arms, "seeds": [0, 1]}
+        {"job": "compare", "base": base, "arms": arms, "seeds": [0, 1]} | fields
     )
     report: Any = SimpleNamespace(seconds=SECONDS)
     return total_seconds(spec, dict.fromkeys(arms, report))
@@ -48,3 +48,14 @@ def test_what_cells_share_is_counted_once(
     data: dict[str, Any], arms: dict[str, Any], seconds: float
 ) -> None:
     assert estimated({"responses": {"by": "dataset"}} | data, arms) == seconds
+
+
+def test_what_the_points_of_a_grid_do_not_share_is_counted_for_each() -> None:
+    """The teacher answers three files for both arms; the rates share the responses."""
+    grid = {
+        "data.train.path": ["a.jsonl", "b.jsonl", "c.jsonl"],
+        "training.learning_rate": [0.1, 0.2],
+    }
+    chosen: dict[str, Any] = {"grid": grid, "validation": ROWS | {"limit": 1}}
+    seconds = estimated(ANSWERED, {"a": {}, "b": {"training": {"steps": 3}}}, **chosen)
+    assert seconds == 3 * 100 + 2 * (3 * 2 + 2) * 37

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
 from kdcore.runs.inputs import OtherInput
@@ -103,8 +103,14 @@ def test_a_text_has_no_turns(other: dict[str, Any]) -> None:
 
 def test_a_row_without_its_text_is_named(tmp_path: Path) -> None:
     source = {**chats_in(tmp_path / "corpus", TEXTS), "text": "content"}
-    with pytest.raises(UserError, match=r"rows\.jsonl:1 has no text in 'content'"):
-        preflight(spec(tmp_path, {"source": source}))
+    absent = {"name": "chat", "path": "absent.jsonl"}
+    for wrong, cause in ((source, r"rows\.jsonl:1 has no text in 'content'"), (absent, "absent")):
+        with pytest.raises(Mistakes, match=cause) as refused:
+            preflight(spec(tmp_path, {"source": wrong}))
+        assert [m.field for m in refused.value.found] == ["data.auxiliary.source"]
+        with pytest.raises(UserError, match=cause) as stopped:
+            distill(spec(tmp_path, {"source": wrong}), overwrite=True)
+        assert stopped.value.field == "data.auxiliary.source"
 
 
 def test_distillm_2_learns_the_responses_of_both_models_in_each_step(tmp_path: Path) -> None:

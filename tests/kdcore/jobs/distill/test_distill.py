@@ -25,7 +25,7 @@ from kdcore.specs.distill import DistillSpec
 from kdcore.specs.evaluate import EvaluateSpec
 from tests.fixtures.json_lines import write_lines
 from tests.tiny.distill_specs import CHATS
-from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+from tests.tiny.tiny_chat_models import OTHER_TEXT, saved, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,19 @@ def test_a_gate_is_given_the_reference_it_asks_for(
     logged = json.loads(run.path("metrics.jsonl").read_text().splitlines()[0])
     assert 0.2 < logged["acceptance/adaspec"] < 0.6 and logged["acceptance/inverted"] < 0.3
     assert not any("adaspec" in name for name in run.read_json("results.json")["after"])
+
+
+def test_a_reference_with_another_tokenizer_is_a_mistake_of_the_gates(
+    tmp_path: Path, teacher: Path, prompts: Path
+) -> None:
+    stranger = saved(tiny_model(), tmp_path / "stranger")
+    tiny_tokenizer(text=OTHER_TEXT).save_pretrained(stranger)
+    method = {"gates": [{"name": "adaspec", "reference": str(stranger)}]}
+    with pytest.raises(UserError, match=r"the tokenizers of .* differ in") as refused:
+        data = {"train": {"name": "chat", "path": prompts}}
+        distill(spec_of(tmp_path, teacher, data, method=method))
+    assert refused.value.field == "method.gates"
+    assert "reference model of the teacher's family" in refused.value.cure
 
 
 def test_the_reference_decides_what_is_learned(

@@ -247,8 +247,9 @@ def test_a_mistake_in_the_data_ends_the_training_in_one_line(
     write_lines(path, wrong)
     data = {"train": asked["data"]["train"] | {"path": str(path)}}
     more = {"trainer": {"dataloader_num_workers": workers}}
-    with pytest.raises(UserError, match=r"rows\.jsonl"):
+    with pytest.raises(UserError, match=r"rows\.jsonl") as stopped:
         distill(spec_of(asked, tmp_path, data=data, training=more))
+    assert stopped.value.field == "data.train"
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,9 @@ def test_other_readers_refuse_a_stream(asked: dict[str, Any], tmp_path: Path) ->
 def test_a_row_may_be_as_long_as_data_max_length(asked: dict[str, Any], tmp_path: Path) -> None:
     spec = spec_of(asked, tmp_path, data={"max_length": 513})
     for job in (preflight, distill):
-        with pytest.raises(UserError, match="has 513 tokens, but the context of"):
+        with pytest.raises(UserError, match="has 513 tokens, but the context of") as refused:
             job(spec)
+    assert refused.value.field == "data.max_length"
 
 
 def test_check_reads_the_first_rows(asked: dict[str, Any], tmp_path: Path) -> None:

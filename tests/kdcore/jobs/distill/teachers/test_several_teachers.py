@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.caches.build import build_cache
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
@@ -155,9 +155,10 @@ def test_the_check_counts_rows_and_refuses_an_unknown_teacher(
 
 def test_a_teacher_with_another_tokenizer_is_refused(asked: dict[str, Any], models: Path) -> None:
     teachers = asked["teachers"] | {"other": {"model": str(models / "stranger")}}
-    with pytest.raises(UserError, match=r"the tokenizers of .* differ in") as refused:
+    with pytest.raises(Mistakes, match=r"the tokenizers of .* differ in") as refused:
         preflight(spec_of(asked, teachers=teachers))
     assert "several teachers need one tokenizer" in refused.value.cure
+    assert [mistake.field for mistake in refused.value.found] == ["teachers.other"]
 
 
 @pytest.mark.parametrize(
