@@ -140,8 +140,8 @@ def _tidied(rows: Sequence[Mapping[str, Any]], params: dict[str, Any]) -> dict[s
     answered = _answered(rows, params)
     if answered and all(answered):
         return params
-    # where each conversation ends in a user turn, that turn is the prompt
-    joined = _answered(rows, tidy, to_the_end=bool(answered))
+    # where each conversation ends in a user turn, that turn is the prompt; texts have no turns
+    joined = [] if "text" in params else _answered(rows, tidy, to_the_end=bool(answered))
     return tidy if any(answered) or any(joined) else None
 
 

@@ -85,7 +85,7 @@ def test_a_copy_that_is_read_differently_is_not_kept(
         return loaded
 
     monkeypatch.setattr(formats, "load_model", other)
-    with pytest.raises(UserError, match="reads other weights from the transformers copy"):
+    with pytest.raises(UserError, match="reads weights from the transformers copy"):
         export_model(spec(model), formats.FULL, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     with pytest.raises(UserError, match="unknown format 'int3'"):

@@ -182,7 +182,7 @@ def test_what_a_teacher_would_have_to_give(tmp_path: Path, changes: dict[str, An
             "sets 'depth', which is not a settable field of resnet",
             "'depths'",
         ),
-        (RESNET | {"id2label": {}}, "sets 'id2label', which is not a settable field", "known"),
+        (RESNET | {"id2label": {}}, "sets 'id2label', which is not a settable field", "use one of"),
         (
             RESNET | {"layer_type": "odd"},
             "is invalid for resnet: .*layer_type",

@@ -149,7 +149,7 @@ def test_the_check_counts_rows_and_refuses_an_unknown_teacher(
     ]
     unknown = named(asked, tmp_path, "unknown", "math", "gpt", "math")
     for job in (preflight, distill):
-        with pytest.raises(UserError, match="names the teacher 'gpt'"):
+        with pytest.raises(UserError, match="names the unknown teacher 'gpt'"):
             job(spec_of(asked, **unknown))
 
 
