@@ -186,12 +186,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
+    if not names:
+        return "leave it out: none exists"
     more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMES else ""
-    return (
-        f"use one of: {', '.join(names[:MOST_NAMES])}{more}"
-        if names
-        else "leave it out: none exists"
-    )
+    return f"use one of: {', '.join(names[:MOST_NAMES])}{more}"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -149,7 +149,7 @@ def data_facts(
 def _facts(
     source: DataSource, name: str, spec: TrainedSpec, models: Sequence[LoadedModel]
 ) -> DataFacts:
-    """See `judge`."""
+    """See `data_facts`."""
     examples, limit = source.read(), spec.data.max_length
     tokenizer, contexts = models[0].tokenizer, [Context.of(model) for model in models]
     if not len(examples):
