@@ -57,6 +57,7 @@ PICTURES = {
         "smollm2_untrained",
         "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
     ),
+    "drafters_tau": Picture("smollm2_drafters", "tau of a chain: difference from fasteagle"),
     "clinc150_accuracy": Picture(
         "clinc150_deepkd", "accuracy against the labels: difference from kd"
     ),
