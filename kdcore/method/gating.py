@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from kdcore.errors import UserError
 from kdcore.method.positions import MaskedPositions
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import LogitBatch
@@ -32,7 +33,7 @@ def gate_chunk(
         generators: Label -> generator of the gate.
 
     Raises:
-        ValueError: A gate returns another shape than [1, C].
+        UserError: A gate does not return a tensor [1, C].
     """
     for label, gate in gates.items():
         found = gate(replace(logits, generator=generators[label]))
@@ -62,7 +63,7 @@ def gate_all(
         scores [N] of a ranked gate.
 
     Raises:
-        ValueError: A gate returns the wrong shape.
+        UserError: A gate does not return a tensor of the right shape.
     """
     ranked = {label: gate for label, gate in gates.items() if isinstance(gate, RankedGate)}
     plain = {label: gate for label, gate in gates.items() if not isinstance(gate, RankedGate)}
@@ -104,10 +105,16 @@ def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:
     return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)
 
 
-def _refuse_shape(label: str, what: str, found: Tensor, like: Tensor) -> None:
+def _refuse_shape(label: str, what: str, found: object, like: Tensor) -> None:
     """A shape that broadcasts would give every position one value, and say nothing."""
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"gate '{label}' returned {type(found).__name__}, not a tensor of {what}",
+            f"return a tensor of shape {list(like.shape)}",
+        )
     if found.shape != like.shape:
-        raise ValueError(
+        raise UserError(
             f"gate '{label}' returned {what} of shape {list(found.shape)}, expected "
-            f"{list(like.shape)}"
+            f"{list(like.shape)}",
+            "correct the gate; `kdcore plugins check PACKAGE` tests an installed one",
         )

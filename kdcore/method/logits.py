@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore.method.attention_maps import AttentionMaps, Queries
+from kdcore.method.protocols import Matcher
 from kdcore.method.records import Batch
 
 ALIGNED = "aligned"
@@ -69,6 +69,23 @@ class Head:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
+class ComparedLayers(Protocol):
+    """Layers of a forward pass that matchers compare."""
+
+    def at(self, place: Tensor) -> Self:
+        """The layers at other positions [N], each an index among those of the pass."""
+
+    def distance(self, matcher: Matcher, teacher: Self, weights: Tensor, length: int) -> Tensor:
+        """The weighted sum of a matcher's distances from the teacher's layers, with a graph.
+
+        Args:
+            matcher: What compares them.
+            teacher: The teacher's layers.
+            weights: [N] the weights of the learned positions.
+            length: Number of positions whose attention maps exist at a time.
+        """
+
+
 class TeacherLogits(Protocol):
     """What the loss engine needs of a teacher, live (`HiddenLogits`) or cached."""
 
@@ -84,17 +101,13 @@ class HiddenLogits:
         hidden: [N, H] hidden states, part of the body's graph.
         head: Head that maps them to logits.
         classes: V, the size of the shared vocabulary; the head's rows beyond it are padding.
-        states: Number of a hidden state -> [M, H], the ones that matchers read, part of the graph.
-        queries: The M positions of these states; None for the N masked ones.
-        maps: The attention that matchers read, part of the graph; None if none reads it.
+        layers: The layers that matchers read, part of the graph; None if no matcher reads any.
     """
 
     hidden: Tensor
     head: Head
     classes: int
-    states: Mapping[int, Tensor] = field(default_factory=dict)
-    queries: Queries | None = None
-    maps: AttentionMaps | None = None
+    layers: ComparedLayers | None = None
 
     @property
     def features(self) -> Tensor | None:
@@ -170,10 +183,10 @@ class AlignedLogits(RepeatedLogits):
     compared: Tensor
 
     @property
-    def states(self) -> dict[int, Tensor]:
-        """The hidden states that matchers read, as in `kdcore.method.logits.HiddenLogits`."""
-        own: Mapping[int, Tensor] = getattr(self.once, "states", {})
-        return {number: states[self.place] for number, states in own.items()}
+    def layers(self) -> ComparedLayers | None:
+        """The layers that matchers read, as in `kdcore.method.logits.HiddenLogits`."""
+        own: ComparedLayers | None = getattr(self.once, "layers", None)
+        return None if own is None else own.at(self.place)
 
     @torch.no_grad()
     def rest(self, tau: float, length: int) -> Tensor:

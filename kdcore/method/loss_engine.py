@@ -7,17 +7,13 @@ gradients already computed to the body: one forward, and one backward per stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdcore.method.attention_maps import (
-    reads_attention,
-    refuse_other_positions,
-    sum_of_maps,
-)
+from kdcore.errors import UserError
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.known_gradients import known
@@ -167,7 +163,10 @@ class LossEngine:
         }
         attached = {stream: loss.attached() for stream, loss in streams.items()}
         gated = share * _product(list(weights.values()), share)
-        for label, total in self._matched(student, teacher, gated):
+        ours, theirs = student.layers, getattr(teacher, "layers", None)
+        for label, matcher in self.objective.matchers.items():
+            assert ours is not None and theirs is not None  # refused before the run
+            total = ours.distance(matcher, theirs, gated, self.chunk)
             means[label] += total.detach()
             for stream in (s for s, members in self.streams.items() if label in members):
                 attached[stream] = attached[stream] + scheduled[label] * total
@@ -203,8 +202,9 @@ class LossEngine:
             return positions
         found = self.objective.advantage(tokens)
         if found.shape != tokens.mask.shape:
-            raise ValueError(
-                f"the advantage has shape {list(found.shape)}, expected {list(tokens.mask.shape)}"
+            raise UserError(
+                f"the advantage has shape {list(found.shape)}, expected {list(tokens.mask.shape)}",
+                "correct the advantage; `kdcore plugins check PACKAGE` tests an installed one",
             )
         return replace(positions, advantage=found.flatten()[place])
 
@@ -219,23 +219,6 @@ class LossEngine:
         gate = _product(list(weights.values()), per_row)
         accepted = torch.zeros_like(per_row).index_add(0, rows, gate)[rows]
         return ungated, torch.where(accepted > 0, 1.0 / accepted, 0.0) / whole
-
-    def _matched(
-        self, student: HiddenLogits, teacher: TeacherLogits, weights: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Each matcher's label and the weighted sum of its distances, with a graph to the body."""
-        theirs, maps = getattr(teacher, "states", {}), getattr(teacher, "maps", None)
-        for label, matcher in self.objective.matchers.items():
-            if reads_attention(matcher):
-                assert student.maps is not None and maps is not None  # refused before the run
-                yield label, sum_of_maps(matcher, student.maps, maps, weights, self.chunk)
-                continue
-            ours_of = [student.states[i] for i, _ in matcher.pairs]
-            theirs_of = [theirs[j].detach().to(weights.device) for _, j in matcher.pairs]
-            refuse_other_positions("hidden states", len(ours_of[0]), len(theirs_of[0]))
-            queries = student.queries
-            shares = weights if queries is None else torch.cat(queries.shares(weights))
-            yield label, (shares * matcher(ours_of, theirs_of).to(weights.dtype)).sum()
 
 
 class _StreamLoss:

@@ -182,7 +182,9 @@ class Objective:
         for splitter in self.splitters:
             parts = splitter(parts, batch)
         terms = {
-            name: tau**2 * part.weight * self.part_divergences.get(name, divergence)(*part.compared)
+            name: tau**2
+            * part.weight
+            * _compared(name, part, self.part_divergences.get(name, divergence))
             for name, part in parts.items()
             if name in self.weights
         }
@@ -195,6 +197,19 @@ class Objective:
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms
+
+
+def _compared(name: str, part: Part, divergence: Divergence) -> Tensor:
+    """[B, T]; a mean over positions would broadcast, and say nothing."""
+    found: object = divergence(*part.compared)
+    expected = part.student.shape[:-1]
+    if isinstance(found, Tensor) and found.shape == expected:
+        return found
+    got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise UserError(
+        f"the divergence of the term '{name}' returned {got}, expected shape {list(expected)}",
+        "correct the divergence; `kdcore plugins check PACKAGE` tests an installed one",
+    )
 
 
 def owned(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from kdcore.components.construction import BuildContext
 from kdcore.errors import UserError, nearest
-from kdcore.method.attention_maps import reads_attention
 from kdcore.method.objective import FEATURE, LABEL, OF_LABELS, POLICY, TASK, Objective
 from kdcore.method.protocols import (
     Advantage,
@@ -24,7 +23,8 @@ from kdcore.method.protocols import (
 )
 from kdcore.method.schedule import Points
 from kdcore.models.assembly import Assembly
-from kdcore.models.attention import SDPA, other_attention
+from kdcore.models.matching.attention import SDPA, other_attention
+from kdcore.models.matching.layers import reads_attention
 from kdcore.runs.folder import Run
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.student_method import StudentMethodSpec

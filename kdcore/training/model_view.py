@@ -7,7 +7,7 @@ once, with the identity as head. Code that reads `HiddenLogits` cannot tell the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore.method.attention_maps import AttentionMaps, Queries
-from kdcore.method.logits import Head, HiddenLogits
+from kdcore.method.logits import ComparedLayers, Head, HiddenLogits
 from kdcore.method.records import Batch
 from kdcore.models.anatomy import decoder_of, head_of
-from kdcore.models.attention import AttentionTap
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
 from kdcore.models.folder.config import MULTI_LABEL
-from kdcore.models.probes import body_and_head_agree, last_hidden_states
+from kdcore.models.matching.attention import AttentionTap
+from kdcore.models.matching.layers import PassLayers, Queries
+from kdcore.models.probes import body_and_head_agree, last_hidden_states, running
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class ModelView:
         with ExitStack() as taps:
             heard = taps.enter_context(self._tap.listening()) if self._tap else {}
             watched = taps.enter_context(self._attention.listening()) if self._attention else {}
+            taps.enter_context(running(model))
             logits = self._run(model, batch)
         lengths = [each.shape[1] for each in heard.values()]
         lengths += [each.query.shape[2] for each in watched.values()]
@@ -93,8 +94,7 @@ class ModelView:
         queries, at = (_learned if self._generates else _of_whole_rows)(batch, lengths[0])
         # a teacher may be on other devices
         states = {n: each.flatten(0, 1)[at.to(each.device)] for n, each in heard.items()}
-        maps = AttentionMaps(watched, queries) if watched else None
-        return replace(logits, states=states, queries=queries, maps=maps)
+        return replace(logits, layers=PassLayers(states, queries, watched))
 
     def _run(self, model: Callable[..., Any], batch: Batch) -> HiddenLogits:
         if self._decoder is None or self._removable_head is None:
@@ -151,14 +151,9 @@ class MovedLogits:
         return None if features is None else features.to(self.device)
 
     @property
-    def states(self) -> Mapping[int, Tensor]:
-        """The hidden states that matchers read, where they were computed."""
-        return self.made.states
-
-    @property
-    def maps(self) -> AttentionMaps | None:
-        """The attention that matchers read, where it was computed."""
-        return self.made.maps
+    def layers(self) -> ComparedLayers | None:
+        """What matchers read, where it was computed."""
+        return self.made.layers
 
     def logits(self, chunk: slice) -> Tensor:
         """[C, V] float32 logits of a chunk of the masked positions, without gradient."""

@@ -142,6 +142,7 @@ class DrafterView:
                 f"the logits of {type(target).__name__} differ from the output of its head, with "
                 "the scale and cap of its config",
                 "choose another target: a drafter would learn from wrong logits",
+                "target",
             )
 
     def __call__(

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from kdcore.components.registry import installed
 from kdcore.decoding.tree import DraftTree
-from kdcore.method.attention_maps import (
-    AttentionMaps,
-    LayerAttention,
-    Queries,
-    reads_attention,
-    sum_of_maps,
-)
 from kdcore.method.records import LogitBatch, Part, SampledTokens
+from kdcore.models.matching.layers import LayerAttention, PassLayers, Queries, reads_attention
 from kdcore.testing import suite_of
 from kdcore.testing.decoding.tree import levels
 from kdcore.testing.decoding.verifier import CLASSES, ROOT, branching, sampled_chains
@@ -182,8 +176,8 @@ def test_maps_are_compared_without_waiting(device: MockDevice) -> None:
     layer = LayerAttention(query.requires_grad_(), key, None, True, 0.5)
     places, rows = there(torch.arange(6).repeat(3)), there(torch.arange(3))
     for queries, count in ((Queries((6,) * 3, places), 18), (Queries((6,) * 3, places, rows), 3)):
-        maps = AttentionMaps(dict.fromkeys((matcher.pairs[0]), layer), queries)
+        maps = PassLayers({}, queries, dict.fromkeys((matcher.pairs[0]), layer))
         weights = torch.ones(count, device=DEVICE)
         device.waits.found.clear()
-        sum_of_maps(matcher, maps, maps, weights, 4).backward()
+        maps.distance(matcher, maps, weights, 4).backward()
         assert device.waits.found.total() == 0, device.waits.table()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.method.attention_maps import reads_attention
 from kdcore.method.records import LOG_ZERO, StateSizes
+from kdcore.models.matching.layers import reads_attention
 from kdcore.testing.suite import Suite, alike, finite, same, same_global_random
 
 STUDENT, TEACHER = StateSizes(4, 16, 2, 2), StateSizes(8, 24, 2, 2)

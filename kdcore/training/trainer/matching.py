@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, in_field
-from kdcore.method.attention_maps import reads_attention, reads_values
 from kdcore.method.objective import Objective
 from kdcore.method.protocols import Matcher
 from kdcore.method.records import StateSizes
 from kdcore.models.anatomy import layers_of
-from kdcore.models.attention import refuse_unwatched
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.matching.attention import refuse_unwatched
+from kdcore.models.matching.layers import reads_attention, reads_values
 from kdcore.training.model_view import Matched
 
 _SUBMODULE = "kdcore_matchers"

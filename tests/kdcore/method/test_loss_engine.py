@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -353,9 +354,25 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
         return torch.ones(1, 1)
 
     with pytest.raises(
-        ValueError, match=r"gate 'gate0' returned weights of shape \[1, 1\], expected \[1, 12\]"
+        UserError, match=r"gate 'gate0' returned weights of shape \[1, 1\], expected \[1, 12\]"
     ):
         run(objective((one_for_all,)), lm_batch(), student, student)
+
+
+@pytest.mark.parametrize("given", [None, [1.0] * 12])
+def test_a_gate_that_gives_no_tensor_is_named(given: Any) -> None:
+    student = language_model(seed=1)
+    with pytest.raises(UserError, match=r"gate 'gate0' returned \w+, not a tensor of weights"):
+        run(objective((lambda batch: given,)), lm_batch(), student, student)
+
+
+@pytest.mark.parametrize("given", [None, torch.tensor(1.0)])
+def test_a_divergence_that_gives_another_shape_is_refused(given: Any) -> None:
+    """A mean over the positions, for example, would hide what the gates do."""
+    student = language_model(seed=1)
+    made = replace(objective(()), divergence=lambda student, teacher: given)
+    with pytest.raises(UserError, match=r"term 'kd' returned .*, expected shape \[1, 12\]"):
+        run(made, lm_batch(), student, student)
 
 
 @pytest.mark.parametrize("method", ["score", "weigh"])
@@ -365,7 +382,7 @@ def test_a_ranked_gate_that_gives_another_shape_is_named(method: str) -> None:
     setattr(gate, method, lambda *_: torch.ones(1))
     student = language_model(seed=1)
     with pytest.raises(
-        ValueError, match=r"gate0. returned (scores|weights) of shape \[1\], expected"
+        UserError, match=r"gate0. returned (scores|weights) of shape \[1\], expected"
     ):
         run(objective((gate,)), lm_batch(), student, student)
 

@@ -22,9 +22,9 @@ from transformers import (
 
 from kdcore.data.batching.packing import Packing
 from kdcore.data.rows import collate
-from kdcore.method.attention_maps import AttentionMaps, LayerAttention, Queries, sum_of_maps
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import LOG_ZERO, Batch, Row, StateSizes
+from kdcore.models.matching.layers import LayerAttention, PassLayers, Queries
 from kdcore.testing import MatcherSuite
 from kdcore.training.method import objective_of
 from kdcore.training.model_view import MovedLogits
@@ -319,16 +319,17 @@ def test_keys_that_only_one_model_sees_are_left_out() -> None:
     queries, matcher = Queries((6,), torch.arange(6)), Attention()
     matcher.bind(StateSizes(1, 8, 2), StateSizes(1, 8, 2))
 
-    def maps(seed: int, mask: Tensor | None) -> AttentionMaps:
+    def maps(seed: int, mask: Tensor | None) -> PassLayers:
         torch.manual_seed(seed)
         query, key = torch.randn(2, 1, 2, 6, 4)
-        return AttentionMaps({1: LayerAttention(query, key, mask, True, 0.5)}, queries)
+        return PassLayers({}, queries, {1: LayerAttention(query, key, mask, True, 0.5)})
 
     weights = torch.rand(6)
-    both = sum_of_maps(matcher, maps(0, near), maps(1, near), weights, 4)
+    both = maps(0, near).distance(matcher, maps(1, near), weights, 4)
     assert both > 1e-2
     for masks in ((near, None), (None, near)):
-        found = sum_of_maps(matcher, *map(maps, (0, 1), masks), weights, 4)
+        student, teacher = map(maps, (0, 1), masks)
+        found = student.distance(matcher, teacher, weights, 4)
         torch.testing.assert_close(found, both)
 
 
@@ -337,7 +338,8 @@ def test_no_map_outlives_its_piece() -> None:
     heads, length, chunk = 2, 64, 8
     query, key = torch.randn(2, 3, heads, length, 4).requires_grad_().unbind()
     layer = LayerAttention(query, key, None, True, 0.5)
-    maps = AttentionMaps({1: layer}, Queries((length,) * 3, torch.arange(length).repeat(3)))
+    queries = Queries((length,) * 3, torch.arange(length).repeat(3))
+    maps = PassLayers({}, queries, {1: layer})
     matcher = Attention()
     matcher.bind(StateSizes(1, 8, heads), StateSizes(1, 8, heads))
     saved: list[weakref.ref[Tensor]] = []
@@ -348,6 +350,6 @@ def test_no_map_outlives_its_piece() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        total = sum_of_maps(matcher, maps, maps, torch.ones(3 * length), chunk)
+        total = maps.distance(matcher, maps, torch.ones(3 * length), chunk)
     assert len(saved) > 24 and total.requires_grad
     assert [each() for each in saved if each() is not None] == []

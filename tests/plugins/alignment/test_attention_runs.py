@@ -21,8 +21,8 @@ from transformers import (
 from kdcore.errors import UserError
 from kdcore.jobs.distill import distill
 from kdcore.jobs.preflight.distill import preflight
-from kdcore.models.attention import refuse_unwatched
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.matching.attention import refuse_unwatched
 from kdcore.specs.distill import DistillSpec
 from tests.fixtures.json_lines import write_lines
 from tests.tiny.distill_specs import distill_spec, logged

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcore.errors import UserError
 from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.records import Batch, LogitBatch, SampledTokens
@@ -221,7 +222,7 @@ def test_an_advantage_of_the_wrong_shape_is_refused() -> None:
     )
     batch = Batch({}, labels, mask, torch.arange(3), sampled=True)
     logits = (HiddenLogits(each[mask], Head(), 7) for each in (student, teacher))
-    with pytest.raises(ValueError, match=r"advantage has shape \[9\], expected \[3, 9\]"):
+    with pytest.raises(UserError, match=r"advantage has shape \[9\], expected \[3, 9\]"):
         LossEngine(made, {"all": ("kd", "policy")}, 8)(
             *logits, batch, whole=1.0, progress=0.0, generator=torch.Generator()
         )

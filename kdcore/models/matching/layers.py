@@ -1,4 +1,4 @@
-"""Attention maps of student and teacher, computed from queries and keys a chunk at a time.
+"""Hidden states and attention maps of two models, compared by matchers.
 
 A map [heads, L] of a query is its score for each of the L keys. All maps of a batch together have
 the size of its attention matrices. So a forward pass keeps the queries and keys of the layers that
@@ -9,7 +9,7 @@ and its gradient are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdcore.errors import UserError
 from kdcore.method.known_gradients import known
+from kdcore.method.protocols import Matcher
 from kdcore.method.records import LOG_ZERO
 
 
@@ -127,57 +128,82 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMaps:
-    """The attention of some layers of a forward pass.
+class PassLayers:
+    """Some layers of a forward pass, see `kdcore.method.logits.ComparedLayers`.
 
     Attributes:
-        layers: Number of a layer, from 1 -> its attention.
-        queries: The queries whose maps are compared.
+        states: Number of a hidden state -> [M, H], part of the body's graph.
+        queries: The M positions of these states, which are the queries of the maps.
+        attention: Number of a layer, from 1 -> its attention.
     """
 
-    layers: Mapping[int, LayerAttention]
+    states: Mapping[int, Tensor]
     queries: Queries
+    attention: Mapping[int, LayerAttention] = field(default_factory=dict)
 
+    def at(self, place: Tensor) -> PassLayers:
+        """The hidden states of other positions; attention has no counterpart there.
 
-def sum_of_maps(
-    matcher: Any, student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, length: int
-) -> Tensor:
-    """Compare the maps of two models with a matcher.
+        Args:
+            place: [N] int64, the index among the M positions of each.
+        """
+        states = {number: each[place] for number, each in self.states.items()}
+        return PassLayers(states, self.queries)
 
-    Args:
-        matcher: A `kdcore.method.protocols.Matcher` of attention.
-        student: The student's attention.
-        teacher: The teacher's attention over the same sequences.
-        weights: [N] the weights of the learned positions.
-        length: Number of queries whose maps exist at a time.
+    def distance(
+        self, matcher: Matcher, teacher: PassLayers, weights: Tensor, length: int
+    ) -> Tensor:
+        """Compare these layers of the student with the teacher's.
 
-    Returns:
-        The weighted sum of the distances, whose gradients are known already.
+        Args:
+            matcher: What compares them.
+            teacher: The teacher's layers over the same rows.
+            weights: [N] the weights of the learned positions.
+            length: Number of queries whose maps exist at a time.
 
-    Raises:
-        UserError: The sequences of the two models have different lengths.
-    """
-    layers = {i: _compared(matcher, student.layers[i]) for i, _ in matcher.pairs}
-    read = [each for layer in layers.values() for each in (layer.query, layer.key)]
-    learned = [each for each in matcher.parameters() if each.requires_grad]
-    of_read, of_learned = ([torch.zeros_like(t) for t in tensors] for tensors in (read, learned))
-    total = weights.new_zeros(())
-    for sequence, places, share in student.queries.pieces(length, weights):
-        leaves = {i: layer.leaves(sequence) for i, layer in layers.items()}
-        with torch.enable_grad():
-            maps = (
-                _maps(layers[i], leaves[i], _compared(matcher, teacher.layers[j]), sequence, places)
-                for i, j in matcher.pairs
-            )
-            ours, theirs = zip(*maps, strict=True)
-            loss = (share * matcher(ours, theirs)).sum()
-        inputs = [*chain(*leaves.values()), *learned]
-        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-        here = [each[sequence] for each in of_read]
-        for whole, part in zip([*here, *of_learned], found, strict=True):
-            whole += part
-        total += loss.detach()
-    return known(total, [*of_read, *of_learned], [*read, *learned])
+        Returns:
+            The weighted sum of the distances, with a graph to the body and the matcher's weights.
+
+        Raises:
+            UserError: The two models have other numbers of positions.
+        """
+        if reads_attention(matcher):
+            return self._of_maps(matcher, teacher, weights, length)
+        ours = [self.states[i] for i, _ in matcher.pairs]
+        theirs = [teacher.states[j].detach().to(weights.device) for _, j in matcher.pairs]
+        refuse_other_positions("hidden states", len(ours[0]), len(theirs[0]))
+        shares = torch.cat(self.queries.shares(weights))
+        return (shares * matcher(ours, theirs).to(weights.dtype)).sum()
+
+    def _of_maps(self, matcher: Any, teacher: PassLayers, weights: Tensor, length: int) -> Tensor:
+        """The distance of maps, a chunk of queries at a time: its gradients are known already."""
+        layers = {i: _compared(matcher, self.attention[i]) for i, _ in matcher.pairs}
+        read = [each for layer in layers.values() for each in (layer.query, layer.key)]
+        learned = [each for each in matcher.parameters() if each.requires_grad]
+        of_read, of_learned = ([torch.zeros_like(t) for t in each] for each in (read, learned))
+        total = weights.new_zeros(())
+        for sequence, places, share in self.queries.pieces(length, weights):
+            leaves = {i: layer.leaves(sequence) for i, layer in layers.items()}
+            with torch.enable_grad():
+                maps = (
+                    _maps(
+                        layers[i],
+                        leaves[i],
+                        _compared(matcher, teacher.attention[j]),
+                        sequence,
+                        places,
+                    )
+                    for i, j in matcher.pairs
+                )
+                ours, theirs = zip(*maps, strict=True)
+                loss = (share * matcher(ours, theirs)).sum()
+            inputs = [*chain(*leaves.values()), *learned]
+            found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+            here = [each[sequence] for each in of_read]
+            for whole, part in zip([*here, *of_learned], found, strict=True):
+                whole += part
+            total += loss.detach()
+        return known(total, [*of_read, *of_learned], [*read, *learned])
 
 
 def refuse_other_positions(what: str, student: int, teacher: int) -> None:

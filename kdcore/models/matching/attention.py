@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kdcore.errors import UserError
-from kdcore.method.attention_maps import LayerAttention
 from kdcore.models.anatomy import layers_of
+from kdcore.models.matching.layers import LayerAttention
 
 SDPA = "sdpa"
 WATCHED = "kdcore_watched"

@@ -1,0 +1,1 @@
+"""What matchers compare: layers of a forward pass, tapped and set against the teacher's."""
