@@ -50,6 +50,11 @@ class UserError(Exception):
         """Let a worker process raise it in the main process."""
         return type(self), (self.cause, self.cure, self.field)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: the lines of the command line."""
+        causes, cures = self.cause.splitlines(), self.cure.splitlines()
+        return [*(f"error: {line}" for line in causes), *(f"  fix: {line}" for line in cures)]
+
 
 class Mistakes(UserError):
     """Several mistakes in a spec: a line of cause for each, and a line for each different cure.

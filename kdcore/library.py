@@ -82,6 +82,10 @@ class Plan:
     trainings: Mapping[str, Report]
     facts: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        """One line in a notebook; the spec and the facts are pages."""
+        return f"Plan({self.job}, trainings={list(self.trainings)})"
+
     @property
     def training(self) -> Report:
         """Report of the only training.

@@ -94,20 +94,29 @@ def speculative(
         the state of one call.
 
     Raises:
-        UserError: There are stop strings without a tokenizer, ``drafter`` is neither a name nor the
-            folder of a drafter, or ``first`` is another name.
+        UserError: There are stop strings without a tokenizer, ``drafter`` is neither a drafter nor
+            the folder or the name of one, or ``first`` is another name.
     """
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings require a tokenizer", "give it as tokenizer=")
-    if isinstance(drafter, Path | str) and _is_folder(drafter, registry or installed()):
-        read_config(Path(drafter))  # before a service waits for its first request
+    known = registry or installed()
+    if isinstance(drafter, Path | str):  # before a service waits for its first request
+        if _is_folder(drafter, known):
+            read_config(Path(drafter))
+        else:
+            known.component("drafter", str(drafter))
+    elif not hasattr(drafter, "propose"):
+        raise UserError(
+            f"a {type(drafter).__name__} is not a drafter",
+            "give the folder drafter/ of a train-drafter run, the name of a drafter, or a drafter "
+            "that load_drafter returned",
+        )
     if isinstance(first, str):
-        (registry or installed()).component("drafter", first)
+        known.component("drafter", first)
 
     def bound_alone(given: Drafter | Path | str, model: PreTrainedModel) -> Drafter:
         if not isinstance(given, Path | str):
             return given
-        known = registry or installed()
         if _is_folder(given, known):
             return load_drafter(Path(given), already_loaded(model), known, dtype=model.dtype)
         choice = Choice("drafter", str(given), known.component("drafter", str(given)).params())
@@ -122,7 +131,6 @@ def speculative(
 
     @lru_cache(maxsize=1)
     def bound_to(model: PreTrainedModel) -> Engine | None:
-        known = registry or installed()
         if engine == REFERENCE:
             return None
         choice = Choice("engine", engine, known.component("engine", engine).params())
@@ -178,8 +186,12 @@ def speculative(
 
 
 def _is_folder(drafter: Path | str, known: Registry) -> bool:
-    """Whether it is the folder of a drafter, and not the name of one."""
-    return isinstance(drafter, Path) or drafter not in known.names("drafter")
+    """Whether it is the folder of a drafter, and not the name of one, which may be misspelt."""
+    if isinstance(drafter, Path):
+        return True
+    return drafter not in known.names("drafter") and (
+        Path(drafter).exists() or Path(drafter).name != drafter
+    )
 
 
 def _turn(model: PreTrainedModel) -> Any:

@@ -108,13 +108,19 @@ def bench(
             longest = max(len(row) for of in turns.values() for rows in of for row in rows)
             cells = list(_cells(spec, inputs.threads, turns))
             measured = {each.cell for each in done}
+            engines, compiled_for = BoundEngines(inputs.target, registry), inputs.threads[0]
             with progress.stage("decode", len(cells), len(measured)) as stage:
                 for setting in dict.fromkeys(cell[:3] for cell in cells):
                     of = [cell for cell in cells if cell[:3] == setting]
                     if measured.issuperset(of):
                         continue
                     settings = _settings(spec, inputs.target, setting, longest)
-                    with _methods(spec, inputs, registry, settings, progress.note) as methods:
+                    if settings.threads != compiled_for:
+                        engines = BoundEngines(inputs.target, registry)
+                        compiled_for = settings.threads
+                    with _methods(
+                        spec, inputs, registry, settings, engines, progress.note
+                    ) as methods:
                         device = inputs.target.model.device
                         # warm-up, not recorded
                         _one(methods, _rows(turns, of[0]), 0, of[0], spec, device)
@@ -126,7 +132,7 @@ def bench(
                             done += found
                             stage.advance()
             first = next(iter(turns.values()))[0][0]
-            run.write(REPLAYS, _replays(spec, inputs.target, registry, first))
+            run.write(REPLAYS, _replays(spec, inputs.target, registry, engines, first))
             run.write(BENCH_RESULTS, outcome(spec, done, *processor_facts()))
     return run
 
@@ -220,6 +226,7 @@ def _methods(
     inputs: _Inputs,
     registry: Registry,
     settings: DecodingSettings,
+    engines: BoundEngines,
     note: Callable[[str], None],
 ) -> Iterator[dict[str, Decode]]:
     """The methods with a setting, in the order of `names`."""
@@ -231,7 +238,6 @@ def _methods(
             for name, baseline in inputs.baselines.items():
                 baseline.start(settings)
                 found[name] = baseline.decode
-            engines = BoundEngines(inputs.target, registry)
             found[PLAIN] = _ours(PLAIN, settings, spec, inputs.target, registry, note, engines)
             for name in spec.methods:
                 found[name] = _ours(name, settings, spec, inputs.target, registry, None, engines)
@@ -270,12 +276,15 @@ def _ours(
 
 
 def _replays(
-    spec: BenchSpec, target: LoadedModel, registry: Registry, prompt: Sequence[int]
+    spec: BenchSpec,
+    target: LoadedModel,
+    registry: Registry,
+    engines: BoundEngines,
+    prompt: Sequence[int],
 ) -> list[Replay]:
     """Decode a prompt with each drafting method, at the first temperature."""
     sampling = sampling_at(spec.temperatures[0])
     stop = Stop(min(spec.max_new_tokens, REPLAYED), tuple(end_ids(target)))
-    engines = BoundEngines(target, registry)
 
     def replayed(name: str) -> Replay:
         with of_method(name):

@@ -103,14 +103,14 @@ def _answerer(
     with progress.stage("load the model", 1) as stage:
         model = load_model(spec.teacher, device=process_device())
         stage.advance()
-    return ModelAnswers(model, spec.responses, registry, progress.note)
+    return ModelAnswers(model, spec.responses, registry, progress.note, "source")
 
 
 class _AnswersOnRay(ModelAnswers):
     """Plans the batches without the model's weights, and lets the workers of a cluster answer."""
 
     def __init__(self, model: LoadedModel, spec: GenerateDataSpec, progress: Progress) -> None:
-        super().__init__(model, spec.responses)
+        super().__init__(model, spec.responses, field="source")
         self._asked, self._progress = spec, progress
 
     def answers(self, batches: Sequence[Numbered]) -> Iterator[tuple[list[Conversation], int]]:
@@ -153,7 +153,7 @@ class AnswersOfWorker:
     def _answers(self) -> ModelAnswers:
         spec: Any = GenerateDataSpec.model_validate(self.asked)
         model = load_model(spec.teacher, device=process_device())
-        answers = ModelAnswers(model, spec.responses)
+        answers = ModelAnswers(model, spec.responses, field="source")
         if answers.settings != self.settings:
             raise differs_here("the teacher's files")
         answers.begin(self.tokens)

@@ -30,7 +30,7 @@ from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.decoding.trials.tree_probe import refuse_unfaithful
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.jobs.model_card import drafter_card
@@ -247,15 +247,16 @@ class _Drafting:
             return None
         rows = self.train.rows
         folder = asked.folder or self.run.path("hidden_states")
-        store(
-            folder,
-            origin_of(asked, self.drafter, self.target),
-            rows,
-            asked.limit_gb,
-            lambda part: self._read(view, part),
-            self.hooks.progress,
-            Ranks(processes(self.spec)),
-        )
+        with in_field("data.hidden_states"):
+            store(
+                folder,
+                origin_of(asked, self.drafter, self.target),
+                rows,
+                asked.limit_gb,
+                lambda part: self._read(view, part),
+                self.hooks.progress,
+                Ranks(processes(self.spec)),
+            )
         device = self.target.model.device
         return HiddenStates(folder, rows, pinned=pins_memory(device))
 

@@ -12,13 +12,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, first_line
 from kdcore.method.logits import Head
 
 ROWS, LENGTH, PREFIX = 2, 12, 4
 """The probes' rows, their tokens, and the first of these, which `refuse_bidirectional` keeps."""
+_FAULTS = AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError
 LOUD = 100.0
 """Size of logits at which a soft cap, by which models keep them below 30 or 50, shows."""
+
+
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """Tell the mistake where a model's own code fails inside the context.
+
+    Some families read rows of some lengths only, or need inputs beside the tokens.
+
+    Args:
+        model: The model that runs inside the context; it may be wrapped.
+
+    Raises:
+        UserError: The code of the model, or of a library below it, raised an error.
+    """
+    try:
+        yield
+    except _FAULTS as fault:
+        raised = fault.__traceback__
+        while raised is not None and raised.tb_next is not None:
+            raised = raised.tb_next
+        if raised and str(raised.tb_frame.f_globals.get("__name__")).startswith("kdcore"):
+            raise
+        plain = getattr(model, "module", model)
+        plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+        raise UserError(
+            f"the code of {type(plain).__name__} fails on these rows: {first_line(fault)}",
+            "choose a model of another family; --debug prints where its code fails",
+        ) from fault
 
 
 @torch.no_grad()
@@ -115,14 +144,14 @@ def refuse_bidirectional(model: Any, name: str) -> None:
         name: Name of the model in the message.
 
     Raises:
-        UserError: Later tokens change earlier logits.
+        UserError: Later tokens change earlier logits, or the model fails on plain tokens.
     """
     classes = model.get_input_embeddings().weight.shape[0]
     tokens = _tokens(classes, model.device)
     other = tokens.clone()
     other[:, PREFIX:] = (tokens[:, PREFIX:] + classes // 2) % classes
     # in one pass: int8 kernels choose the columns to round by all of its tokens
-    with _evaluating(model):
+    with _evaluating(model), running(model):
         logits = model(input_ids=torch.cat([tokens, other]), use_cache=False).logits.float()
     one, two = logits.chunk(2)
     change = (one - two).abs()

@@ -30,7 +30,9 @@ def cache_argument(model: Any) -> str:
         model: The transformers model, without a wrapper around it.
 
     Returns:
-        The name; of a model that takes no such cache, the one that its version would use.
+        The name; of a model that takes no such cache, one that its ``forward`` lacks.
     """
     taken = inspect.signature(model.forward).parameters
-    return next((name for name in CACHES if name in taken), CACHES[0])
+    own = "dict" in str(taken["cache"].annotation) if "cache" in taken else False  # XLM
+    known = next((name for name in CACHES if name in taken), CACHES[0])
+    return CACHES[1] if own else known

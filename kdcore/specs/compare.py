@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, count, islice, product
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -27,9 +27,9 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, nearest
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.json_schema import JOB_REFERENCE
-from kdcore.specs.parts.changes import Point, changed, has, nested, plain, with_paths
+from kdcore.specs.parts.changes import Point, changed, has, nested, plain, points, with_paths
 from kdcore.specs.parts.fields import Count, Name, RunFolder, Seed, SpecModel
-from kdcore.specs.parts.training import RowsSpec
+from kdcore.specs.parts.training import KeptResponsesSpec, RowsSpec
 
 
 class CellSpec(Protocol):
@@ -60,16 +60,15 @@ OWN = {
 }
 """What neither an arm nor a grid may set: field -> why, and what to set instead."""
 
+ROUNDING = {"dtype", "attention", "device", "trust_remote_code"}
+"""Fields of a model that change its answers by rounding at most."""
 MOST_POINTS = 1000
 """Of a grid: each is validated and is a run of every arm."""
 
 
 @dataclass(frozen=True, slots=True)
 class OfComparableJob:
-    """Marks a `CellSpec` field: the spec of any job that is declared as comparable.
-
-    A spec that names no job distils.
-    """
+    """Marks a `CellSpec` field: the spec of any comparable job; one that names no job distils."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -115,10 +114,14 @@ def _comparable(name: str, registry: Registry) -> Job:
 
 def _wrong_job(named: Any, wrong: UserError) -> PydanticCustomError:
     """An error that stands where the base names its job."""
-    cause = wrong.cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
-    context = {"cause": cause, "cure": wrong.cure}
-    error = {"type": USER_MESSAGE, "loc": ("job",), "input": named, "msg": cause, "ctx": context}
-    return _errors_of([error], DistillSpec)
+    return _wrong("job", named, wrong.cause, wrong.cure, DistillSpec)
+
+
+def _wrong(field: str, value: Any, cause: str, cure: str, model: type[Any]) -> PydanticCustomError:
+    """An error that stands where a spec of a cell has a field."""
+    cause = cause.encode("utf-8", "backslashreplace").decode()  # it may name what is no text
+    told = {"type": USER_MESSAGE, "msg": cause, "ctx": {"cause": cause, "cure": cure}}
+    return _errors_of([told | {"loc": tuple(field.split(".")), "input": value}], model)
 
 
 def _errors_of(errors: list[Any], model: type[BaseModel]) -> PydanticCustomError:
@@ -135,17 +138,13 @@ def _measured_once(base: Any) -> CellSpec:
     return spec
 
 
-def points(grid: dict[str, list[Any]]) -> list[Point]:
-    """Every combination of a grid's values; of an empty one, the one that changes nothing."""
-    return [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
-
-
 def _arm(changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Raises the errors of the spec that the changes make, as if they stood where the arm does."""
     _refuse_own(changes)
     if "base" not in info.data:
         return changes
     read = _try(info.data["base"], changes, info, "an arm with an invalid value")
+    _refuse_other_answers(info.data["base"], read)
     resolved: dict[str, Any] = with_paths(changes, plain(read))
     return resolved
 
@@ -179,7 +178,8 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         arms.append(own)
         having = dict.fromkeys(suits, own) | having
         for point in points(suits):
-            _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+            made = _try(own, nested(point), info, f"arm '{arm}' with an invalid value")
+            _refuse_other_answers(own, made)
     if not arms:
         return grid
     for path in (path for path in grid if path not in having):
@@ -258,6 +258,35 @@ def _refuse_own(changes: dict[str, Any]) -> None:
     for path, why in OWN.items():
         if has(changes, path):
             raise ValueError(f"{path} cannot be set here: {why}")
+
+
+def _refuse_other_answers(base: CellSpec, made: CellSpec) -> None:
+    """Raises an error for a cell whose held-out prompts would have other responses."""
+    ours, theirs = _answered_with(made), _answered_with(base)
+    field = next((each for each in ours | theirs if ours.get(each) != theirs.get(each)), None)
+    if field is not None:
+        cause = (
+            "this also decides the responses to the held-out prompts, and arms can be compared "
+            "only on the same held-out rows"
+        )
+        cure = (
+            "set it in base; to compare responses, set base.data.responses.by: dataset, and name "
+            "in data.train of each arm a file that kdcore generate-data wrote"
+        )
+        raise _wrong(field, ours.get(field), cause, cure, type(made))
+
+
+def _answered_with(spec: Any) -> dict[str, Any]:
+    """What decides the responses of a cell besides its prompts: dotted field -> value."""
+    responses = getattr(spec.data, "responses", None)
+    by = getattr(responses, "by", "dataset")
+    found = {"data.responses.by": by}
+    if by != "dataset" and isinstance(responses, KeptResponsesSpec):
+        found |= {f"data.responses.{name}": each for name, each in responses.deciding.items()}
+        model = getattr(spec, by, None)
+        said = model.model_dump(exclude=ROUNDING) if isinstance(model, SpecModel) else {}
+        found |= {f"{by}.{name}": each for name, each in said.items()}
+    return found
 
 
 Grid: TypeAlias = Annotated[

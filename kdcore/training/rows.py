@@ -87,7 +87,7 @@ def read_rows(
     if spec.data.responses.by != "dataset" and name != "auxiliary":
         folder = spec.data.responses.folder or run.path("data")
         answering = answerer or models[0]
-        answers = ModelAnswers(answering, spec.data.responses, registry, progress.note)
+        answers = ModelAnswers(answering, spec.data.responses, registry, progress.note, field)
         ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
         with in_field(field):

@@ -35,6 +35,12 @@ def test_it_keeps_the_field_on_its_way_out_of_a_process() -> None:
     assert (sent.cause, sent.cure, sent.field) == ("cause", "cure", "seed")
 
 
+def test_a_notebook_shows_the_lines_of_the_command_line() -> None:
+    """IPython calls this method in place of formatting the traceback."""
+    both = Mistakes([UserError("a", "do b"), UserError("c", "do d")])
+    assert both._render_traceback_() == ["error: a", "error: c", "  fix: do b", "  fix: do d"]
+
+
 def test_an_exception_without_a_text_is_named() -> None:
     """Libraries raise some, and a message that quotes them must not fail itself."""
     found = [first_line(each) for each in (OSError(), ValueError("\n"), ValueError("a\nb"))]

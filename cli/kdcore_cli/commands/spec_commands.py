@@ -57,9 +57,12 @@ def init(
             console.tell(line)
         return
     (_, text), *beside = chosen.starter().items()
-    lacking = [(file.with_name(name), prompts) for name, prompts in beside]
-    lacking = [each for each in lacking if not each[0].exists()]  # it may be the user's own
+    rows = [(file.with_name(name), prompts) for name, prompts in beside]
+    kept = [str(path) for path, _ in rows if path.exists()]  # it may be the user's own
+    lacking = [each for each in rows if not each[0].exists()]
     _write(file, text, lacking)
+    if kept:
+        console.tell(f"kept {', '.join(kept)}, which already existed")
     written = [file, *(path for path, _ in lacking)]
     console.tell(f"wrote {', '.join(map(str, written))}; next: kdcore {following} {file}")
 

@@ -23,6 +23,7 @@ from kdcore.decoding.session import Session
 from kdcore.models.anatomy import short_length_of
 from kdcore.models.device import sent
 from kdcore.models.facts import not_finite
+from kdcore.models.probes import running
 from kdcore.models.transformers_versions import cache_argument
 
 Choose: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -143,7 +144,8 @@ class _Reader:
         asked = {"attention_mask": real, "position_ids": positions[:, new], "logits_to_keep": 1}
         taken = {name: value for name, value in asked.items() if name in self._takes}
         taken |= {self._cache_argument: self.cache, "use_cache": True}
-        output = self._model(input_ids=tokens[:, new], **taken)
+        with running(self._model):
+            output = self._model(input_ids=tokens[:, new], **taken)
         logits: Tensor = output.logits[:, -1]
         return logits.to(asking)
 
@@ -161,7 +163,8 @@ class _Reader:
         moved = (places - sizes[:, None]) % tokens.shape[1]
         asked = {"attention_mask": real[rows, moved], "use_cache": False}
         taken = {name: value for name, value in asked.items() if name in self._takes}
-        logits: Tensor = self._model(input_ids=tokens[rows, moved], **taken).logits
+        with running(self._model):
+            logits: Tensor = self._model(input_ids=tokens[rows, moved], **taken).logits
         return logits[rows[:, 0], sizes - 1]
 
     def _forget(self, *, long: bool) -> None:

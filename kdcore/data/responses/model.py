@@ -15,6 +15,7 @@ from kdcore.data.responses.file import Numbered
 from kdcore.data.templates.mask import digest_of, prompt_ids
 from kdcore.decoding.build import bound_engine
 from kdcore.decoding.engines.protocols import Engine
+from kdcore.errors import in_field
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import end_ids
@@ -39,6 +40,7 @@ class ModelAnswers:
         spec: Its generation settings.
         registry: The registry of the engines (default: what is installed).
         note: A function that shows a line, such as the reason why the default engine is not used.
+        field: The field of the conversations in the spec, for mistakes that show in a later turn.
     """
 
     def __init__(
@@ -47,16 +49,12 @@ class ModelAnswers:
         spec: GenerationSpec,
         registry: Registry | None = None,
         note: Callable[[str], None] | None = None,
+        field: str = "",
     ) -> None:
+        self._field = field
         self.name = model.name
         self.why_not = f"they are too long for the context of {model.name}"
-        self.settings: Mapping[str, Any] = {
-            "teacher": model.digest,
-            "max_new_tokens": spec.max_new_tokens,
-            "temperature": spec.temperature,
-        } | ({"seed": spec.seed} if spec.temperature else {})
-        if spec.engine is not None and spec.engine.params != type(spec.engine.params)():
-            self.settings = {**self.settings, "engine": spec.engine.dump()}  # it may round
+        self.settings: Mapping[str, Any] = {"teacher": model.digest} | spec.deciding
         self._model, self._spec = model, spec
         self._registry, self._note = registry or installed(), note
         self._engine: Engine | None = None
@@ -146,7 +144,8 @@ class ModelAnswers:
         return done, tokens
 
     def _prompt(self, conversation: Conversation) -> list[int]:
-        return prompt_ids(conversation, self._model.tokenizer)
+        with in_field(self._field):
+            return prompt_ids(conversation, self._model.tokenizer)
 
     def _fits(self, conversation: Conversation) -> bool:
         return len(self._prompt(conversation)) <= room(self._model, self._spec)

@@ -13,7 +13,7 @@ from kdcore.data.conversation import Conversation, Message
 from kdcore.data.responses.model import generated_message
 from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.baseline import DecodedBatch
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.models.anatomy import context_of, short_length_of
 from kdcore.models.facts import refuse_crossing
 from kdcore.models.loading.loaded import LoadedModel
@@ -74,7 +74,8 @@ def encoded(
     context, short = context_of(target.model), short_length_of(target.model)
     prompts = []
     for row in asked:
-        ids = prompt_ids(row, target.tokenizer)
+        with in_field(f"sets.{name}"):
+            ids = prompt_ids(row, target.tokenizer)
         turn = 1 + sum(message.role == "assistant" for message in row.messages)
         place = f"sets.{name}: {row.id}" + (f", turn {turn}," if turn > 1 else "")
         if context is not None and len(ids) + spec.max_new_tokens > context:

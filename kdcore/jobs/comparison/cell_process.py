@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.comparison.cells import Cell, is_done, logged
 from kdcore.jobs.ray_workers import spread
 from kdcore.runs import interruption
@@ -35,14 +35,14 @@ from kdcore.runs.results import CELL_COST
 from kdcore.specs.compare import CellSpec
 from kdcore.specs.parts.changes import plain
 
-Message: TypeAlias = tuple[str, str, str]
-"""What a cell tells: note, failed or other input; the cause; the cure."""
+Message: TypeAlias = str | UserError
+"""What a cell tells: a note, or why it failed."""
 
 PATIENCE = 60.0
 """Seconds that a terminated cell has to close its run before it is killed."""
 
 
-def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> str | None:
+def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> UserError | None:
     """Run a cell's spec in a process of its own; on an interrupt, end that process first.
 
     Args:
@@ -69,11 +69,11 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     finally:
         _end(process)
     if reason is None and process.exitcode:
-        return f"the process exited with code {process.exitcode}"
+        return UserError(f"the process exited with code {process.exitcode}", "")
     return reason
 
 
-Outcomes: TypeAlias = Iterator[tuple[Cell, str | None]]
+Outcomes: TypeAlias = Iterator[tuple[Cell, UserError | None]]
 """A cell that ended, and the reason of its failure, or None when it succeeded."""
 
 
@@ -119,10 +119,8 @@ def run_on_ray(cells: Sequence[Cell], run: Run, note: Callable[[Cell, str], None
     seen = run.path("spec.yaml")
     for place, told in spread(told_by_cell, shares, fresh=True, seen=seen, died=died):
         cell = cells[place]
-        if isinstance(told, UserError):
-            yield cell, told.cause
-        else:
-            yield cell, _reason(told, partial(note, cell))
+        messages = [told] if isinstance(told, UserError) else told
+        yield cell, _reason(messages, partial(note, cell))
 
 
 def told_by_cell(asked: dict[str, Any]) -> list[Message]:
@@ -139,16 +137,16 @@ def told_by_cell(asked: dict[str, Any]) -> list[Message]:
     return told
 
 
-def _reason(told: Iterable[Message], note: Callable[[str], None]) -> str | None:
+def _reason(told: Iterable[Message], note: Callable[[str], None]) -> UserError | None:
     """The reason of a cell's failure, or None. Raises OtherInput."""
-    reason: str | None = None
-    for kind, cause, cure in told:
-        if kind == "other input":
-            raise OtherInput(cause, cure)
-        if kind == "note":
-            note(cause)
+    reason: UserError | None = None
+    for message in told:
+        if isinstance(message, OtherInput):
+            raise message
+        if isinstance(message, UserError):
+            reason = message
         else:
-            reason = cause
+            note(message)
     return reason
 
 
@@ -263,7 +261,7 @@ class _Telling(Silent):
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._tell(("note", line, ""))
+        self._tell(line)
 
 
 def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> None:
@@ -283,13 +281,11 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
         )
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
-    except OtherInput as wrong:
-        tell(("other input", wrong.cause, wrong.cure))
     except UserError as wrong:
-        field = "" if wrong.cause.startswith(wrong.field) else f"{wrong.field}: "
-        tell(("failed", field + wrong.cause, wrong.cure))
+        known = isinstance(wrong, OtherInput | Mistakes)  # not a plugin's own, with other arguments
+        tell(wrong if known else UserError(wrong.cause, wrong.cure, wrong.field))
     except Exception as fault:
-        tell(("failed", describe(fault), ""))
+        tell(UserError(describe(fault), ""))
 
 
 def _peak_memory() -> float:

@@ -242,14 +242,15 @@ def shared_files(spec: CellSpec) -> dict[str, str]:
         that it depends on: cells with the same data share it.
     """
     data: Any = spec.data
-    by = getattr(getattr(data, "responses", None), "by", "dataset")
+    found: dict[str, Any] = {}
+    responses: Any = getattr(data, "responses", None)
+    if getattr(responses, "by", "dataset") != "dataset":
+        prompts = {n: each.dump() for n, each in data.sources.items() if n != "auxiliary"}
+        found["responses"] = [prompts, str(responses.folder)]
     states = getattr(data, "hidden_states", None)
-    kept = {
-        "responses": by != "dataset",
-        "hidden states": states is not None and states.folder is not None,
-    }
-    key = json.dumps(plain(spec)["data"])
-    return {purpose: key for purpose, is_shared in kept.items() if is_shared}
+    if states is not None and states.folder is not None:
+        found["hidden states"] = plain(spec)["data"]
+    return {purpose: json.dumps(decides) for purpose, decides in found.items()}
 
 
 def _trials(spec: CompareSpec, run: Run, arm: str) -> list[Cell]:

@@ -18,6 +18,7 @@ from kdcore.components.choice import choices
 from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, in_field, nearest
+from kdcore.jobs.comparison.cell_fields import reason_of
 from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
@@ -175,8 +176,9 @@ def _pass(
             for cell in left:
                 cell.record_failure(None)
             outcomes = run_on_ray(left, run, note) if on else run_here(left, registry, note)
-            for cell, reason in chain(done, outcomes):
-                if reason and not cell.busy:  # else another process was faster to begin it
+            for cell, wrong in chain(done, outcomes):
+                if wrong and not cell.busy:  # else another process was faster to begin it
+                    reason = reason_of(spec, cell, wrong)
                     cell.record_failure(reason)
                     progress.note(f"{cell.name} failed: {reason}")
                 if cell.trial:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdcore.components.registry import Registry, installed
-from kdcore.errors import Mistakes, UserError
+from kdcore.errors import UserError
+from kdcore.jobs.comparison.cell_fields import in_comparison
 from kdcore.jobs.comparison.cells import cells_by_arm, shared_files
 from kdcore.jobs.preflight.report import Report
 from kdcore.runs.comparison_results import refuse_unmeasured
@@ -36,62 +37,19 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
     reports: dict[str, Any] = {}
     if job.preflight is None:
         return reports
-    for arm, changes in spec.arms.items():
+    for arm in spec.arms:
         try:
             reports[arm] = job.look_ahead(spec.at_point(arm, 0), registry=registry)
         except UserError as wrong:
-            grid = {path: f"grid.{path}" for path in spec.grids[arm]}
-            raise _of_cells(wrong, f"arm '{arm}'", grid, {f"arms.{arm}": changes}) from wrong
+            raise in_comparison(wrong, spec, arm, 0, called=f"arm '{arm}'") from wrong
     if spec.validation:
         try:
             tried = changed(spec.base, {"data": {"heldout": spec.validation.dump()}})
             job.look_ahead(tried, registry=registry)
         except UserError as wrong:
-            raise _of_cells(wrong, "validation", {"data.heldout": "validation"}, {}) from wrong
+            fields = {"data.heldout": "validation"}
+            raise in_comparison(wrong, spec, "", 0, fields, "validation") from wrong
     return reports
-
-
-def _of_cells(
-    wrong: UserError, cells: str, fields: Mapping[str, str], changes: Mapping[str, Any]
-) -> UserError:
-    """The mistakes of a cell's spec, with the fields of the comparison's.
-
-    ``cells``: what to call the cells; ``fields``: field of the cell -> field of the comparison with
-    its value; ``changes``: field of the comparison -> what it changes in the base.
-    """
-
-    def field(of_cell: str) -> str:
-        for path, place in fields.items():
-            if _is_part(of_cell, path) or _is_part(path, of_cell):
-                return place + of_cell[len(path) :]
-        where = next((each for each, made in changes.items() if _is_set(made, of_cell)), "base")
-        return f"{where}.{of_cell}"
-
-    found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
-    told = [
-        UserError(
-            f"{cells}: {m.cause.removeprefix(f'{m.field}: ')}", m.cure, m.field and field(m.field)
-        )
-        for m in found
-    ]
-    return told[0] if len(told) == 1 else Mistakes(told)
-
-
-def _is_part(field: str, whole: str) -> bool:
-    return f"{field}.".startswith(f"{whole}.")
-
-
-def _is_set(changes: Any, field: str) -> bool:
-    """Whether changes set a field, what is inside it, or what it is part of."""
-    for key in field.split("."):
-        if isinstance(changes, list):
-            changes = dict(zip(map(str, range(len(changes))), changes, strict=True))
-        if not isinstance(changes, dict) or "name" in changes:
-            return True  # a component is replaced whole
-        if key not in changes:
-            return False
-        changes = changes[key]
-    return True
 
 
 def total_seconds(spec: CompareSpec, reports: Mapping[str, Report]) -> float:

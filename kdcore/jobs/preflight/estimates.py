@@ -18,11 +18,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.errors import UserError
-from kdcore.method.attention_maps import reads_attention
 from kdcore.models.device import LOGITS, chunk_on, process_device
 from kdcore.models.facts import describe_model
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.matching.layers import reads_attention
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.trainer.matching import sizes_of

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kdcore.data.source import DataSource
-from kdcore.method.attention_maps import refuse_other_positions
 from kdcore.models.features import FeatureTap
 from kdcore.models.fit.pair import TeacherAndStudent
 from kdcore.models.folder.image_processor import FILE, differences, read_image_processor
+from kdcore.models.matching.layers import refuse_other_positions
 from kdcore.specs.distill import DistillSpec
 
 

@@ -161,6 +161,7 @@ def load_student(
     if weights:
         set_padding(model, own.tokenizer if teacher is None else teacher.tokenizer)
     _refuse_router_loss(model.config, name)
+    _refuse_lengths(model.config, name)
     refuse_float16(model, name)
     if spec.model == "teacher" and spec.attention is not None:
         model.set_attn_implementation(attention_arguments(spec)["attn_implementation"])
@@ -180,6 +181,14 @@ def _refuse_router_loss(config: Any, name: str) -> None:
             f"{name} sets output_router_logits, which adds a loss of its router in transformers: "
             "kdcore does not add it",
             "set output_router_logits: false in its config",
+        )
+
+
+def _refuse_lengths(config: Any, name: str) -> None:
+    if config.model_type == "reformer":
+        raise UserError(
+            f"{name} is a Reformer, which trains only on rows of a multiple of its chunk length",
+            "choose a student of another family",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from typing import Any, TypeAlias, TypeVar
 
 Spec = TypeVar("Spec")
@@ -63,6 +64,11 @@ def nested(point: Point) -> dict[str, Any]:
             into = into.setdefault(key, {})
         into[last] = value
     return changes
+
+
+def points(grid: dict[str, list[Any]]) -> list[Point]:
+    """Every combination of a grid's values; of an empty one, the one that changes nothing."""
+    return [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
 
 
 def with_paths(changes: Any, read: Any) -> Any:

@@ -56,6 +56,16 @@ class GenerationSpec(SpecModel):
         "converts the model and has 10,000 tokens or more to generate, otherwise torch)",
     )
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what a model answers, as plain data."""
+        found: dict[str, Any] = self.model_dump(include={"max_new_tokens", "temperature"})
+        if self.temperature:
+            found["seed"] = self.seed
+        if self.engine is not None and self.engine.params != type(self.engine.params)():
+            found["engine"] = self.engine.dump()  # it may round
+        return found
+
 
 class KeptResponsesSpec(GenerationSpec):
     """How responses are generated that a run learns from, and where they stay."""

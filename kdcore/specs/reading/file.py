@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kdcore.specs.reading.plain_yaml import Place
 LONGEST_PATH = 1000
 """Characters before the = of an assignment."""
 BEGIN = "run `kdcore init` for an example spec"
+_PLACING: ContextVar[_Document | None] = ContextVar("the document of `placing`", default=None)
 
 
 def read_spec(
@@ -72,21 +74,37 @@ def placing(path: Path, sets: Sequence[str] = (), *, given_as: str = "--set") ->
     document = _Document.of_text(_text(path), str(path))
     for assignment in sets:
         document.set(assignment, given_as)
+    before = _PLACING.set(document)
     try:
         yield
     except UserError as wrong:
-        several = isinstance(wrong, Mistakes)
-        if wrong.placed or not (several or wrong.field):
+        told = placed(wrong)
+        if told is wrong:
             raise
-        found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
-        placed = document.error(
-            [Mistake(document.place_of(m.field), m.cause, m.cure) for m in found]
-        )
-        if several:
-            raise placed from wrong
-        wrong.cause, wrong.cure, wrong.args = placed.cause, placed.cure, placed.args
+        if isinstance(wrong, Mistakes):
+            raise told from wrong
+        wrong.cause, wrong.cure, wrong.args = told.cause, told.cure, told.args
         wrong.placed = True
         raise
+    finally:
+        _PLACING.reset(before)
+
+
+def placed(wrong: UserError) -> UserError:
+    """A mistake with its place in the spec file, where `placing` reads one.
+
+    Args:
+        wrong: The mistake, or more than one.
+
+    Returns:
+        A new error; the same one if it names no field, has its place, or nothing is read.
+    """
+    document = _PLACING.get()
+    several = isinstance(wrong, Mistakes)
+    if document is None or wrong.placed or not (several or wrong.field):
+        return wrong
+    found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
+    return document.error([Mistake(document.place_of(m.field), m.cause, m.cure) for m in found])
 
 
 def parse_spec(
@@ -238,10 +256,12 @@ class _Document:
         keys = [key for key in field.split(".") if key]
         while keys:
             known = into if isinstance(into, dict) else {}
+            if isinstance(into, list):
+                known = dict(zip(map(str, range(len(into))), into, strict=True))
             joined = (".".join(keys[:count]) for count in range(len(keys), 0, -1))
             key = next((key for key in joined if key in known), keys[0])
+            place = (*place, int(key) if isinstance(into, list) and key in known else key)
             into, keys = known.get(key), keys[key.count(".") + 1 :]
-            place = (*place, key)
         return place
 
     def _replaced(self, place: Place, label: str) -> None:
@@ -250,6 +270,8 @@ class _Document:
 
     def _origin_of(self, place: Place) -> tuple[int, str]:
         """Of the value at a place or, where there is none, of what should hold it."""
+        if place not in self._origin:
+            place = self.place_of(".".join(map(str, place)))
         while place not in self._origin:
             place = place[:-1]
         return self._origin[place]

@@ -25,6 +25,7 @@ from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.conversations.rows import ConversationRows
 from kdcore_baselines.sources.conversations.selection import (
     ConversationSource,
+    LeftOut,
     conversations,
     in_memory,
     selection,
@@ -35,7 +36,7 @@ from kdcore_baselines.sources.json_lines import WHERE, lines_of, row_of
 Rows = TypeVar("Rows", bound=Sized)
 
 
-CODE = 5
+CODE = 6
 """Version of the code that makes or leaves out examples, in the fingerprint of a source."""
 
 
@@ -65,7 +66,7 @@ class ChatSource(ConversationSource):
     def _read(self) -> Sequence[Conversation]:
         params, path, places = self.params, self.params.path, array("q")
         lines = islice(lines_of(path), None if selects(params) else params.limit)
-        self.left_out = left_out = list[str]()
+        self._left_out = left_out = LeftOut()
 
         def rows() -> Iterator[tuple[str, dict[str, Any]]]:
             for number, offset, line in lines:
@@ -76,7 +77,7 @@ class ChatSource(ConversationSource):
             return in_memory(rows(), params, "chat", str(path), left_out)
         # one pass finds all mistakes before any work
         found = conversations(rows(), params, "chat", str(path), left_out)
-        numbers = selection(found, params, str(path))
+        numbers = selection(found, params, str(path), left_out)
         reader = ConversationRows(params, "chat")
 
         def read(wanted: range) -> list[Conversation]:

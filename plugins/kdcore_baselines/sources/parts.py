@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -54,6 +55,31 @@ def by_content(contents: Sequence[str], low: float, high: float) -> list[int]:
         content for i, content in enumerate(different) if low <= (i + 0.5) / len(different) < high
     }
     return [place for place, content in enumerate(contents) if content in chosen]
+
+
+def beside(others: Sequence[str], contents: Sequence[str], low: float, high: float) -> list[int]:
+    """Select the contents that lie in an interval of the shuffle of other ones; see `by_content`.
+
+    One that is among these is in the same part. Disjoint intervals share none, and [0, 1) selects
+    all.
+
+    Args:
+        others: Contents, which do not move a border.
+        contents: Content of each row, of which there is at least one.
+        low: Lower bound of the interval.
+        high: Upper bound of the interval, exclusive.
+
+    Returns:
+        The indices of the selected ones of ``others``, sorted.
+    """
+    shuffled = sorted(map(_hash, set(contents)))
+    places = (bisect_left(shuffled, _hash(content)) for content in others)
+    last = len(shuffled) - 1  # what comes after all of them is where the last one is
+    return [
+        number
+        for number, place in enumerate(places)
+        if low <= (min(place, last) + 0.5) / len(shuffled) < high
+    ]
 
 
 def _shuffled(seed: int, place: int) -> bytes:

@@ -159,8 +159,8 @@ def test_check_says_which_line_of_a_comparison_is_wrong(
 @pytest.mark.parametrize(
     ("grid", "place"),
     [
-        ("data.train.path: [none.jsonl, rows.jsonl]", "grid.data.train.path: arm 'own': /"),
-        ("student.layers: [[7], [0]]", "grid.student.layers: arm 'own': layers [7] do"),
+        ("data.train.path: [none.jsonl, rows.jsonl]", "grid.data.train.path.0: arm 'own': /"),
+        ("student.layers: [[7], [0]]", "grid.student.layers.0: arm 'own': layers [7] do"),
     ],
 )
 def test_check_says_which_value_of_a_grid_is_wrong(

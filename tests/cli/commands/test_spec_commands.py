@@ -29,7 +29,11 @@ def test_init_does_not_overwrite_unasked(kdcore: Kdcore) -> None:
         "  fix: name another file, or add --overwrite to replace it",
     ]
     assert Path("spec.yaml").read_text() == "mine"
-    assert kdcore("init", "--overwrite").code == 0
+    kept = "kept heldout.jsonl, prompts.jsonl, which already existed\n"
+    assert (
+        kdcore("init", "--overwrite").out
+        == kept + "wrote spec.yaml; next: kdcore check spec.yaml\n"
+    )
     assert Path("spec.yaml").read_text() != "mine"
     assert Path("prompts.jsonl").read_text() == "mine too"
 

@@ -115,8 +115,9 @@ def test_methods_with_one_engine_and_the_same_hidden_states_share_it(
     eagle = {"name": "eagle3", "features": [0, 1, 2], "depth": 2}
     methods = {"copies": "ngram", "suffixes": "suffix", "eagle": eagle, "again": eagle}
     drafting = {name: {"drafter": drafter} for name, drafter in methods.items()}
-    bench(spec_of(tmp_path, target, methods=drafting, baselines=[]))
-    assert asked == [(), (0, 1, 2)] * 2, "for the measurement and for the replays"
+    settings = {"batch_sizes": [1, 2], "temperatures": [0.0, 1.0]}
+    bench(spec_of(tmp_path, target, methods=drafting, baselines=[], **settings))
+    assert asked == [(), (0, 1, 2)], "for all settings and for the replays"
 
 
 def test_a_later_turn_follows_the_target_s_own_answer(

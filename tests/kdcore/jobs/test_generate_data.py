@@ -12,15 +12,18 @@ import pytest
 from kdcore.components.registry import installed
 from kdcore.data.templates.mask import encode
 from kdcore.errors import UserError
+from kdcore.jobs.bench import bench as run_bench
+from kdcore.jobs.distill import distill
 from kdcore.jobs.generate_data import generate_data
 from kdcore.jobs.preflight.generate_data import preflight_generation
 from kdcore.models.assembly import Assembly
+from kdcore.specs.bench import BenchSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.generate_data import GenerateDataSpec
 from kdcore.specs.reading.file import read_spec
 from tests.fixtures.json_lines import write_lines
 from tests.fixtures.processes.forked import python
-from tests.tiny.tiny_chat_models import saved, tiny_model, tiny_tokenizer
+from tests.tiny.tiny_chat_models import CHATML, saved, tiny_model, tiny_tokenizer
 
 ROWS = 9
 
@@ -138,3 +141,27 @@ def test_a_teacher_that_is_neither_is_refused_without_showing_a_secret(
         read_spec(file)
     assert cause in raised.value.cause
     assert "secret" not in str(raised.value)
+
+
+def test_a_later_turn_that_the_template_rejects_names_its_source(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    """Its prompt is rendered after the first answers, when all prompts have been planned."""
+    once = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHATML
+    (tmp_path / "once.jinja").write_text(once)
+    write_lines(tmp_path / "rows", [{"turns": ["the mat of 1?", "of 2?"]}])
+    teacher = asked["teacher"] | {"template": str(tmp_path / "once.jinja")}
+    with pytest.raises(UserError, match="rejects the conversation: one turn") as refused:
+        generate_data(spec_of(asked, teacher=teacher))
+    assert refused.value.field == "source"
+    student = {"model": "teacher", "layers": [0]}
+    data = {"train": asked["source"], "responses": {"by": "teacher", "max_new_tokens": 3}}
+    trained = {"teacher": teacher, "student": student, "data": data, "run": str(tmp_path / "kd")}
+    with pytest.raises(UserError, match="rejects the conversation: one turn") as refused:
+        distill(DistillSpec.model_validate(trained))
+    assert refused.value.field == "data.train"
+    bench = {"job": "bench", "run": str(tmp_path / "bench"), "target": teacher, "max_new_tokens": 3}
+    bench |= {"sets": {"mine": asked["source"]}, "baselines": ["generate"], "turns": None}
+    with pytest.raises(UserError, match="rejects the conversation: one turn") as refused:
+        run_bench(BenchSpec.model_validate(bench))
+    assert refused.value.field == "sets.mine"

@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, XLNetConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CpmAntConfig,
+    MixtralConfig,
+    ReformerConfig,
+    XLMConfig,
+    XLNetConfig,
+    XmodConfig,
+)
 
+from kdcore.data.responses.continuation import continue_prompts, pick
 from kdcore.errors import UserError
 from kdcore.models.anatomy import decoder_of, head_of
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.models.probes import body_and_head_agree, refuse_bidirectional
+from kdcore.models.probes import body_and_head_agree, refuse_bidirectional, running
 from kdcore.specs.distill import StudentSpec
+from kdcore.specs.parts.changes import points
 from kdcore.specs.parts.fields import ModelSpec
 from tests.tiny.models import FAMILIES, language_model
 from tests.tiny.tiny_chat_models import saved, tiny_tokenizer
@@ -56,6 +67,56 @@ def test_a_model_that_reads_later_tokens_is_refused(tmp_path: Path) -> None:
     new = StudentSpec(model="new", config={"model_type": "xlnet", **XLNET})
     with pytest.raises(UserError, match="its logits depend on later tokens"):
         load_student(new, teacher)
+
+
+def test_a_model_that_fails_on_plain_tokens_is_refused_with_its_reason(tmp_path: Path) -> None:
+    """It wants a language, which no row names."""
+    config = XmodConfig(vocab_size=290, is_decoder=True, languages=["en_XX", "de_DE"], **SIZE)
+    with pytest.raises(
+        UserError, match=r"XmodForCausalLM fails on these rows: Input language unknown"
+    ):
+        load_model(in_files(config, tmp_path))
+
+
+def test_a_pass_tells_what_the_model_s_own_code_raises() -> None:
+    """And not a fault of kdcore's inside of it."""
+    config = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 61, "prompt_types": 2}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16}
+    model = AutoModelForCausalLM.from_config(CpmAntConfig(**config, **sizes))
+    rows = torch.full((1, 4), 61)
+    said = "the code of CpmAntForCausalLM fails on these rows: index out"
+    with pytest.raises(UserError, match=said), running(model):
+        model(input_ids=rows)
+    model.register_forward_pre_hook(lambda *given: points({"a": None}))  # type: ignore[dict-item]
+    with pytest.raises(TypeError), running(model):
+        model(input_ids=rows)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_reformer_teaches_and_does_not_learn(tmp_path: Path, weights: bool) -> None:
+    sizes = {"hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2}
+    chunks = {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 2}
+    causal = {"is_decoder": True, "lsh_num_chunks_after": 0, "local_num_chunks_after": 0}
+    causal |= {"axial_pos_embds": False, "hash_seed": 0, "attn_layers": ["local", "lsh"]}
+    spec = in_files(ReformerConfig(vocab_size=290, **sizes, **chunks, **causal), tmp_path)
+    assert load_model(spec, weights=weights).classes == 290
+    with pytest.raises(UserError, match="is a Reformer, which trains only on rows of a multiple"):
+        load_student(StudentSpec(model=spec.model), None, weights=weights)
+
+
+def test_a_cache_of_a_model_s_own_is_none_of_keys_and_values() -> None:
+    """XLM calls a dict of its own `cache`; its prompts are continued without a cache."""
+    torch.manual_seed(0)
+    sizes = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "init_std": 0.5, "embed_init_std": 0.5}
+    model = AutoModelForCausalLM.from_config(XLMConfig(vocab_size=61, causal=True, **sizes)).eval()
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    found = continue_prompts(
+        prompts, [model], lambda logits: pick(logits[0], 0, None), ends=[], limits=[4, 4]
+    )
+    for prompt, made in zip(prompts, found, strict=True):
+        for count, token in enumerate(made):
+            read = torch.tensor([[*prompt, *made[:count]]])
+            assert token == int(model(input_ids=read).logits[0, -1].argmax())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from kdcore.runs.whole_files import write_whole
 print("begun", flush=True)
-for _ in range(150):
+while not Path(sys.argv[3]).exists():
     write_whole(Path(sys.argv[1]), [sys.argv[2] * 1000] * 100)
 """
 
@@ -109,18 +109,20 @@ def test_a_folder_that_appears_meanwhile_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_texts_that_two_processes_write_are_never_mixed(tmp_path: Path) -> None:
-    file = tmp_path / "out"
-    with process(_REPEATS, file, "a") as one, process(_REPEATS, file, "b") as other:
-        seen = set()
-        while one.poll() is None or other.poll() is None:
+    file, enough = tmp_path / "out" / "file", tmp_path / "enough"
+    file.parent.mkdir()
+    with process(_REPEATS, file, "a", enough) as one, process(_REPEATS, file, "b", enough) as other:
+        seen: list[str] = []
+        while len(seen) < 50 or (set(seen) != {*"abc"} and len(seen) < 10_000):
             write_whole(file, "c" * 100_000)
             text = file.read_text()
             assert len(text) == 100_000
             assert len(set(text)) == 1, "a mixture"
-            seen.add(text[0])
-        assert one.returncode == other.returncode == 0
-    assert seen == {*"abc"}, "the processes wrote at the same time"
-    assert [*tmp_path.iterdir()] == [file]
+            seen.append(text[0])
+        enough.touch()
+        assert one.wait() == other.wait() == 0
+    assert set(seen) == {*"abc"}, "the processes wrote at the same time"
+    assert [*file.parent.iterdir()] == [file]
 
 
 def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,27 @@ def test_parts_do_not_overlap_and_depend_on_what_is_asked(tmp_path: Path) -> Non
     assert (len(train), len(heldout)) == (36, 4)
     random.Random(0).shuffle(rows)
     assert (prompts(0, 0.9), prompts(0.9, 1)) == (train, heldout)
+
+
+def test_what_is_left_out_is_told_by_the_part_that_it_is_of(tmp_path: Path) -> None:
+    """Each in one part: that of its prompt, if other conversations have it."""
+    rows = [{"prompt": f"{n}", "response": "a"} for n in range(40)]
+    asked = [*map(str, range(40, 60)), "3", "3"]
+    users = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    path = write_lines(tmp_path / "rows.jsonl", [*rows, *users])
+    places = [f"rows.jsonl:{number}" for number in range(41, 63)]
+    bounds = [0, 0.3, 0.9, 1]
+    found = []
+    for part in pairwise(bounds):
+        source = ChatSource(ChatParams(path=path, part=part, tidy=True), NO_CONTEXT)
+        kept = {each.messages[0].content for each in source.read()}
+        assert ("3" in kept) == (places[-1] in source.left_out) == (places[-2] in source.left_out)
+        assert source.left_out
+        found += source.left_out
+    assert sorted(found) == places
+    whole = ChatSource(ChatParams(path=path, tidy=True), NO_CONTEXT)
+    whole.read()
+    assert whole.left_out == places
 
 
 def test_a_share_of_the_training_rows_is_held_out(tmp_path: Path) -> None:

@@ -14,19 +14,22 @@ from kdcore.data.templates.mask import encode
 from kdcore.errors import UserError, counted, nearest
 from kdcore_baselines.sources.components import WHOLE, ConversationParams
 from kdcore_baselines.sources.conversations.rows import ConversationRows, is_answered
-from kdcore_baselines.sources.parts import by_content
+from kdcore_baselines.sources.parts import beside, by_content
 
 Rows = TypeVar("Rows", bound=Sized)
+LeftOut = dict[str, str]
+"""Place of a conversation that is left out -> what it asks; "" where the whole file is read."""
 
 
 class ConversationSource:
-    """What sources of conversations share: how one becomes a row.
+    """What sources of conversations share: how one becomes a row, and what ``tidy`` leaves out."""
 
-    Attributes:
-        left_out: The places of the conversations that the last `read` left out (``tidy``).
-    """
+    _left_out: Mapping[str, str] = {}
 
-    left_out: Sequence[str] = ()
+    @property
+    def left_out(self) -> Sequence[str]:
+        """The places of the conversations that the last `read` left out of its part."""
+        return [*self._left_out]
 
     def encode(self, example: Conversation, tokenizer: Any, max_length: int) -> Row:
         return encode(example, tokenizer, max_length)
@@ -37,7 +40,7 @@ def conversations(
     params: ConversationParams,
     source: str,
     origin: str,
-    left_out: list[str],
+    left_out: LeftOut,
 ) -> Iterator[tuple[int, Conversation]]:
     """Read rows as conversations with unique ids.
 
@@ -46,7 +49,7 @@ def conversations(
         params: Names of the fields.
         source: Name of the source in messages.
         origin: Name of the data in messages.
-        left_out: Receives the places of the conversations that ``tidy`` leaves out.
+        left_out: Receives the conversations that ``tidy`` leaves out.
 
     Yields:
         The number of a row, from 0, and its conversation; those that ``tidy`` leaves out are not
@@ -59,7 +62,7 @@ def conversations(
     for number, (place, row) in enumerate(rows):
         conversation = reader.read(row, place)
         if params.tidy and not is_answered(conversation):
-            left_out.append(place)
+            left_out[place] = "" if params.part == WHOLE else conversation.asked
             continue
         known = hashlib.blake2b(conversation.id.encode(), digest_size=16).digest()
         if known in found:
@@ -84,7 +87,10 @@ def selects(params: ConversationParams) -> bool:
 
 
 def selection(
-    found: Iterable[tuple[int, Conversation]], params: ConversationParams, origin: str
+    found: Iterable[tuple[int, Conversation]],
+    params: ConversationParams,
+    origin: str,
+    left_out: LeftOut,
 ) -> Sequence[int]:
     """Select the conversations of the params' part and limit.
 
@@ -92,6 +98,7 @@ def selection(
         found: Number of each row, and its conversation; all are read.
         params: Part and limit.
         origin: Name of the data in messages.
+        left_out: What ``tidy`` leaves out; that of other parts is removed.
 
     Returns:
         The numbers of the selected rows, sorted.
@@ -106,6 +113,10 @@ def selection(
             asked.append(conversation.asked)
     if params.part == WHOLE:
         return numbers[: params.limit]
+    left = list(left_out)
+    of_part = {left[number] for number in beside([*left_out.values()], asked, *params.part)}
+    for place in (place for place in left if place not in of_part):
+        del left_out[place]
     chosen = array("q", (numbers[place] for place in by_content(asked, *params.part)))
     if asked and not chosen:
         different = len(set(asked))
@@ -169,7 +180,7 @@ def in_memory(
     params: ConversationParams,
     source: str,
     origin: str,
-    left_out: list[str],
+    left_out: LeftOut,
 ) -> list[Conversation]:
     """The selected conversations of rows that come once, or of which several are a conversation.
 
@@ -185,7 +196,7 @@ def in_memory(
     """
     rows = rows if params.group is None else grouped(rows, params.group, params)
     found = dict(conversations(rows, params, source, origin, left_out))
-    return [found[number] for number in selection(found.items(), params, origin)]
+    return [found[number] for number in selection(found.items(), params, origin, left_out)]
 
 
 def some(rows: Rows, origin: str) -> Rows:

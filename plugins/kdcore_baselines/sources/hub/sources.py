@@ -24,6 +24,7 @@ from kdcore_baselines.sources.conversations.recognition import fields_of
 from kdcore_baselines.sources.conversations.rows import ConversationRows
 from kdcore_baselines.sources.conversations.selection import (
     ConversationSource,
+    LeftOut,
     conversations,
     in_memory,
     selection,
@@ -89,14 +90,14 @@ class DatasetSource(ConversationSource):
         params, origin = self.params, origin_of(self.params)
         refuse_endless(params)
         data = load(params)
-        self.left_out = left_out = list[str]()
+        self._left_out = left_out = LeftOut()
         rows = islice(placed(data, params), None if selects(params) else params.limit)
         cleaned = ((place, without_nulls(row)) for place, row in rows)
         if params.streaming or params.group is not None:  # rows of a stream come once
             return in_memory(cleaned, params, "dataset", origin, left_out)
         # one pass finds all mistakes
         found = conversations(cleaned, params, "dataset", origin, left_out)
-        numbers = selection(found, params, origin)
+        numbers = selection(found, params, origin, left_out)
         reader, name = ConversationRows(params, "dataset"), name_of(params)
 
         def read(places: range) -> list[Conversation]:

@@ -279,9 +279,13 @@ def test_a_trained_drafter_is_taken_from_its_folder(tmp_path: Path) -> None:
 def test_a_name_is_a_drafter_and_a_missing_folder_is_told_at_once(tmp_path: Path) -> None:
     plain, drafted = both("ngram")
     assert torch.equal(plain, drafted)
-    for missing in ("ngramm", tmp_path / "drafter"):
+    with pytest.raises(UserError, match=r"'ngramm'.*\n.*ngram"):
+        speculative("ngramm")
+    for missing in (str(tmp_path / "drafter"), tmp_path / "drafter"):
         with pytest.raises(UserError, match="does not contain a drafter"):
             speculative(missing)
+    with pytest.raises(UserError, match="a dict is not a drafter"):
+        speculative({"name": "ngram"})  # type: ignore[arg-type]
 
 
 def test_threads_take_turns() -> None:

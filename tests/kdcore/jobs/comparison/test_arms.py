@@ -77,7 +77,8 @@ def test_arms_controls_and_a_cell_that_fails(
     page = (tmp_path / "run" / "comparison.html").read_text("utf-8")
     assert page == report([tmp_path / "run"]), "as kdcore report draws it"
     assert "speckd minus speckd+random" in page
-    assert "differences from kd" in page and "failed: broken, seed 3: student: layers [99]" in page
+    assert "differences from kd" in page
+    assert f"failed: broken, seed 3: {file}:1: arms.broken.student: layers [99]" in page
 
     before = (tmp_path / "run/cells/kd/seed-3/run.json").read_text()
     assert kdcore("compare", file).returncode == 2

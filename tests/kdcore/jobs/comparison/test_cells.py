@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from select import POLLERR, poll
@@ -82,8 +82,8 @@ def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
 ) -> None:
     file = asked(tmp_path, base, arms={"kd": {}, "other": {}}, seeds=[0, 1])
 
-    def fails(spec: Any, *given: Any) -> str:
-        return f"mistake of {Path(spec.run).parent.name}"
+    def fails(spec: Any, *given: Any) -> UserError:
+        return UserError(f"mistake of {Path(spec.run).parent.name}", "none")
 
     monkeypatch.setattr(cell_process, "run_cell", fails)
     with pytest.raises(UserError) as told:
@@ -99,7 +99,8 @@ def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.M
     receive, send = multiprocessing.Pipe(duplex=False)
     cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send.send))
     cell.start()
-    assert receive.recv() == ("failed", "x" * 2**20, "none")
+    told = receive.recv()
+    assert (told.cause, told.cure) == ("x" * 2**20, "none")
     cell.join()
 
 
@@ -114,7 +115,7 @@ def test_a_cell_has_the_environment_of_the_moment_it_starts(
         monkeypatch.setenv("HOME", str(home))
         spec = DistillSpec.model_validate(base | own | {"run": str(tmp_path / "run")})
         reasons.append(cell_process.run_cell(spec, installed(), lambda line: None))
-    assert reasons[0] and "~/teacher" in reasons[0]
+    assert reasons[0] and "~/teacher" in reasons[0].cause
     assert reasons[1] is None
 
 
@@ -236,3 +237,34 @@ if os.getpid() != os.getsid(0):  # not in the comparison itself
     done = begun.ended()
     told = f"interrupted: resume with: kdcore compare {file} --resume\n"
     assert (done.returncode, done.stderr) == (130, told)
+
+
+def test_a_cell_that_fails_tells_the_line_that_set_its_field(
+    tmp_path: Path, base: dict[str, Any], kdcore: Callable[..., SimpleNamespace]
+) -> None:
+    """A line of an arm, of a value of the grid, or of the base."""
+    small = base | {"training": {"steps": 1}, "evaluation": {"samples": 0}}
+    spec = f"job: compare\nrun: {tmp_path / 'run'}\nseeds: [0]\narms:\n  kd: {{}}\n  other:\n"
+    spec += "    data:\n      train: {name: chat, path: nowhere.jsonl}\n"
+    spec += f"validation: {json.dumps(base['data']['heldout'] | {'limit': 2})}\n"
+    spec += "grid:\n  method.tau: [1]\n  student.layers:\n    - [0, 2]\n    - [0, 99]\n"
+    file = tmp_path / "compare.yaml"
+    file.write_text(f"{spec}base: {json.dumps(small)}\n")
+    told = kdcore("compare", file)
+    assert told.returncode == 0, told.stderr
+    said = " ".join(told.stderr.split())
+    assert f"kd, point 1, seed 1 failed: {file}:14: grid.student.layers.1: " in said
+    assert f"other, point 0, seed 1 failed: {file}:8: arms.other.data.train" in said
+    assert said.count("failed: ") == 3
+    failures = json.loads((tmp_path / "run/comparison.json").read_text())["failures"]
+    assert all(str(file) in reason for reason in failures.values())
+
+    wrong = small | {"teacher": {"model": str(tmp_path / "empty")}}
+    (tmp_path / "empty").mkdir()
+    line = spec.count("\n") + 2
+    file.write_text(f"{spec}base:\n  teacher: {json.dumps(wrong.pop('teacher'))}\n")
+    with file.open("a") as more:
+        more.writelines(f"  {name}: {json.dumps(each)}\n" for name, each in wrong.items())
+    told = kdcore("compare", file, "--out", tmp_path / "second", "--set", "arms.other={}")
+    assert told.returncode == 2
+    assert f"'kd' failed: {file}:{line}: base.teacher" in " ".join(told.stderr.split())

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from kdcore.errors import UserError
+from kdcore.jobs.comparison.cell_fields import in_comparison
 from kdcore.jobs.comparison.cells import cells_by_arm
-from kdcore.jobs.preflight.comparison import _of_cells
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
 from kdcore.specs.parts.changes import changed, nested
@@ -59,7 +59,7 @@ def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
     text += "validation: {name: chat, path: other.jsonl}\n"
     text += "grid:\n  training.learning_rate: [0.1, -1]\n"
     (tmp_path / "compare.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"yaml:5: grid\.training\.learning_rate: must be greater"):
+    with pytest.raises(UserError, match=r"yaml:6: grid\.training\.learning_rate: must be greater"):
         read_spec(tmp_path / "compare.yaml")
 
 
@@ -227,6 +227,41 @@ def test_what_cannot_be_compared_is_refused(
         CompareSpec.model_validate({"job": "compare", "base": base, "arms": {"kd": {}}} | fields)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "refused"),
+    [
+        ("data.responses.max_new_tokens", 7, True),
+        ("data.responses.temperature", 1, True),
+        ("data.responses.by", "dataset", True),
+        ("teacher.revision", "other", True),
+        ("data.responses.batch_size", 7, False),
+        ("data.responses.folder", "own", False),
+        ("teacher.dtype", "bfloat16", False),
+    ],
+)
+@pytest.mark.parametrize("place", ["arms.b", "grid"])
+def test_arms_have_the_same_responses_to_held_out_prompts(
+    tmp_path: Path, base: dict[str, Any], field: str, value: Any, refused: bool, place: str
+) -> None:
+    """What decides them is refused with its line, also where the points of a grid set it."""
+    base = base | {"data": base["data"] | {"responses": {"by": "teacher"}}}
+    head = f"job: compare\nbase: {json.dumps(base)}\narms:\n  a: {{}}\n"
+    last = f"  b: {json.dumps(nested({field: value}))}\n"
+    if place == "grid":
+        head += f"validation: {json.dumps(OTHER)}\ngrid:\n  method.tau: [1]\n"
+        last = f"  {field}: [{json.dumps(value)}]\n"
+    file = tmp_path / "compare.yaml"
+    file.write_text(head + last)
+    if not refused:
+        assert cells_by_arm(compare_spec(file)).keys() == {"a"} | {"b"} & {place[-1]}
+        return
+    with pytest.raises(UserError) as found:
+        read_spec(file)
+    line = head.count("\n") + 1
+    assert found.value.cause.startswith(f"{file}:{line}: {place}.{field}: this also decides")
+    assert "kdcore generate-data" in found.value.cure
+
+
 def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,12 +274,13 @@ def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
         )
 
 
-def test_a_field_of_a_cell_is_that_of_the_comparison() -> None:
+def test_a_field_of_a_cell_is_that_of_the_comparison(base: dict[str, Any]) -> None:
     """Also inside of what is set whole; and a cause does not repeat the cell's field."""
-    cells: dict[str, Any] = {"student": {"layers": [1]}, "data": {"train": {"name": "chat"}}}
-    fields = {"method.tau": "grid.method.tau", "data.heldout": "validation"}
+    arm: dict[str, Any] = {"student": {"layers": [1]}, "data": {"train": {"name": "digits"}}}
+    grid = {"grid": {"method.tau": [1, 2]}, "validation": OTHER}
+    spec = CompareSpec.model_validate({"job": "compare", "base": base, "arms": {"a": arm}} | grid)
     of_cells = {
-        "method.tau": "grid.method.tau",
+        "method.tau": "grid.method.tau.1",
         "data.heldout.path": "validation.path",
         "data.heldout": "validation",
         "data.train.path": "arms.a.data.train.path",
@@ -253,7 +289,7 @@ def test_a_field_of_a_cell_is_that_of_the_comparison() -> None:
         "data.validation": "base.data.validation",
         "": "",
     }
-    for field, placed in of_cells.items():
+    for field, place in of_cells.items():
         mistake = UserError(f"{field}: torn" if field else "torn", "cure", field)
-        found = _of_cells(mistake, "arm 'a'", fields, {"arms.a": cells})
-        assert (found.cause, found.field) == ("arm 'a': torn", placed)
+        found = in_comparison(mistake, spec, "a", 1, {"data.heldout": "validation"}, "arm 'a'")
+        assert (found.cause, found.field) == ("arm 'a': torn", place)

@@ -30,7 +30,7 @@ def estimated(data: dict[str, Any], arms: dict[str, Any], **fields: Any) -> floa
 
 
 ALIKE = {"a": {}, "b": {"training": {"steps": 3}}, "c": {"training": {"epochs": 2}}}
-SHORTER = {"a": {}, "b": {"data": {"responses": {"max_new_tokens": 7}}}}
+ELSEWHERE = {"a": {}, "b": {"data": {"responses": {"folder": "b"}}}}
 ANSWERED = {"responses": {"by": "target"}}
 
 
@@ -39,7 +39,7 @@ ANSWERED = {"responses": {"by": "target"}}
     [
         ({}, ALIKE, 6 * 137),  # the rows have responses
         (ANSWERED, ALIKE, 100 + 6 * 37),
-        (ANSWERED, SHORTER, 2 * 100 + 4 * 37),
+        (ANSWERED, ELSEWHERE, 2 * 100 + 4 * 37),
         (ANSWERED | {"hidden_states": {"folder": "states"}}, ALIKE, 130 + 6 * 7),
         ({"hidden_states": {}}, ALIKE, 6 * 137),  # each cell stores its own
     ],
@@ -51,10 +51,10 @@ def test_what_cells_share_is_counted_once(
 
 
 def test_what_the_points_of_a_grid_do_not_share_is_counted_for_each() -> None:
-    """The teacher answers three files for both arms; the rates share the responses."""
+    """The teacher answers three files for both arms; rates and lengths share the responses."""
     grid = {
         "data.train.path": ["a.jsonl", "b.jsonl", "c.jsonl"],
-        "training.learning_rate": [0.1, 0.2],
+        "data.max_length": [64, 128],
     }
     chosen: dict[str, Any] = {"grid": grid, "validation": ROWS | {"limit": 1}}
     seconds = estimated(ANSWERED, {"a": {}, "b": {"training": {"steps": 3}}}, **chosen)

@@ -285,3 +285,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> N
     with pytest.raises(TrainingDiverged, match=r"step 1 .*row-\d") as stopped:
         made.train()
     assert "learning_rate" in stopped.value.cure
+
+
+def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"gates": ["all"]})
+    (label,) = made.engine.objective.gates
+    made.engine.objective.gates[label] = lambda batch: batch.mask / 0.0  # type: ignore[index]
+    with pytest.raises(TrainingDiverged, match=f"weights of gate '{label}' too") as stopped:
+        made.train()
+    assert f"check these rows and gate '{label}'" in stopped.value.cure
