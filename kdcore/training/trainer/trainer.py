@@ -351,11 +351,12 @@ class DistillationTrainer(CheckpointingTrainer):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
         wrong = [label for label, share in step.acceptance.items() if not share.isfinite()]
-        terms += "".join(f", weights of gate '{label}' too" for label in wrong)
+        told = "".join(f"; the weights of gate '{label}' are not finite" for label in wrong)
         also = "".join(f" and gate '{label}'" for label in wrong)
         ids = ", ".join(row_ids(int(i)) for i in batch.index)
         raise TrainingDiverged(
-            f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
+            f"the loss is not finite at step {self.state.global_step + 1} ({terms}){told}; "
+            f"rows: {ids}",
             f"check these rows{also}, or lower training.learning_rate; then rerun with "
             "overwrite=True",
         )
