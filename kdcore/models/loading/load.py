@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.models.anatomy import layers_of
 from kdcore.models.folder.config import (
     MULTI_LABEL,
@@ -153,7 +153,8 @@ def load_student(
     name, base, model, whole = own.name, own.digest, own.model, None
     if spec.layers is not None:
         whole = len(layers_of(model))
-        model = cut_layers(model, spec.layers)
+        with in_field("student.layers"):
+            model = cut_layers(model, spec.layers)
         name = f"{name}, layers {spec.layers}"
         base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
     if classes is not None and not own.labels and own.classes > classes:
