@@ -17,7 +17,7 @@ from kdcore.components.registry import installed
 from kdcore.data.batching.batches import Batches
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset
-from kdcore.errors import TrainingDiverged
+from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
@@ -294,3 +294,22 @@ def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=f"weights of gate '{label}' too") as stopped:
         made.train()
     assert f"check these rows and gate '{label}'" in stopped.value.cure
+
+
+@pytest.mark.parametrize("weight", [-0.5, 1.5])
+def test_gate_weights_outside_the_range_stop_before_any_weight_changes(
+    tmp_path: Path, weight: float
+) -> None:
+    made = trainer(tmp_path, {"gates": ["all"]})
+    before = weights(made)
+    (label,) = made.engine.objective.gates
+
+    def wrong(batch: Any) -> torch.Tensor:
+        return torch.where(batch.labels == batch.labels[0, 0], weight, batch.mask.float())
+
+    made.engine.objective.gates[label] = wrong  # type: ignore[index]
+    said = rf"gate '{label}' gave \d+ weights? outside \[0, 1\] at step 1; rows: row-\d"
+    with pytest.raises(UserError, match=said) as stopped:
+        made.train()
+    assert "correct the gate" in stopped.value.cure
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())
