@@ -156,7 +156,7 @@ def check(
         return
     report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
-    run = Run(asked.run) if job.run_folder else None
+    run = Run(asked.run, planned=True) if job.run_folder else None
     if run and run.path("run.json").exists() and not run.is_barren():
         console.tell(f"{asked.run} already contains a run: add --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

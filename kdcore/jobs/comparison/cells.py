@@ -63,7 +63,7 @@ class Cell:
     @property
     def run(self) -> Run:
         """The cell's run."""
-        return Run(self.spec.run)
+        return Run(self.spec.run, planned=True)
 
     @property
     def done(self) -> bool:

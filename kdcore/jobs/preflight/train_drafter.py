@@ -53,7 +53,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
-    run = Run(spec.run)
+    run = Run(spec.run, planned=True)
     run.refuse_foreign()
     try:
         return _report(spec, registry, run)
