@@ -224,21 +224,25 @@ def _load(
         tokenizer = _tokenizer(folder, model, spec)
         return LoadedModel(model, tokenizer, spec.model, "", kind, bytes=size), []
     weight_files(folder)  # refuses an index that leads out of the folder
-    model, report = from_quantised(
-        spec,
-        lambda: kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype_of(spec),
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            **({} if asked is None else {"quantization_config": asked}),
-            **attention_arguments(spec),
-            **place.arguments,
-        ),
-        quantised=quantised,
-    )
+
+    def read() -> Any:
+        try:
+            return kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype_of(spec),
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                **({} if asked is None else {"quantization_config": asked}),
+                **attention_arguments(spec),
+                **place.arguments,
+            )
+        except RuntimeError:  # transformers' own about other shapes does not say which
+            refuse_unusable_weights(folder, _outline(config, kind, spec))
+            raise
+
+    model, report = from_quantised(spec, read, quantised=quantised)
     tokenizer = _tokenizer(folder, model, spec)
     if adapter is not None:
         model = with_saved_adapter(model, adapter, spec)
