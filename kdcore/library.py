@@ -18,7 +18,7 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import unwritable, write_whole
+from kdcore.runs.whole_files import unwritable, write_text
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.parts.fields import ModelSpec, SpecModel
 from kdcore.specs.reading import file
@@ -279,7 +279,7 @@ def report(
     _refuse_other(place, overwrite)
     page = page_of(runs)
     try:
-        write_whole(place, page)
+        write_text(place, page)
     except OSError as fault:
         raise unwritable(place, fault, "name another file (out=FILE)") from fault
     return place.resolve()

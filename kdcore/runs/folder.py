@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -51,7 +50,7 @@ from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
 from kdcore.runs.recognition import is_damaged, is_run, refuse_no_run
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import PART, refuse_unwritable, unwritable, write_whole
+from kdcore.runs.whole_files import PART, refuse_unwritable, remove, unwritable, write_text
 from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
@@ -236,7 +235,7 @@ class Run:
         """Write a text, or its parts, in one step, so that a kill never leaves half of a file."""
         if self.writes:
             self.path(name).parent.mkdir(exist_ok=True)
-            write_whole(self.path(name), text)
+            write_text(self.path(name), text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the folder; {} if it does not exist yet."""
@@ -361,7 +360,7 @@ class Run:
         order = {"README.md": -1, "before.json": 1, "spec.yaml": 1, "run.json": 2}
         for item in sorted(self.folder.iterdir(), key=lambda item: order.get(item.name, 0)):
             if item.name != "lock":
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+                remove(item)
 
     @contextmanager
     def _locked(self, patience: float = 0.0) -> Iterator[None]:

@@ -44,7 +44,7 @@ from kdcore.data.store import RowIndex, grouped
 from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, write_text
 
 SHARD = 16_384
 """Minimum number of positions in a shard that does not reach `SHARD_BYTES` before, and so the most
@@ -256,7 +256,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                     "set data.hidden_states.folder to a new or empty folder",
                 )
             else:
-                write_whole(manifest, json.dumps(asdict(origin), indent=2) + "\n")
+                write_text(manifest, json.dumps(asdict(origin), indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(

@@ -28,7 +28,7 @@ from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.runs.whole_files import whole, write_whole
+from kdcore.runs.whole_files import whole, write_text
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.mistakes import mistakes
 
@@ -102,7 +102,7 @@ def save_drafter(
     weights = {name: each.detach().contiguous() for name, each in drafter.state_dict().items()}
     with whole(folder / WEIGHTS) as place:
         save_file(weights, place, metadata={"format": "pt"})
-    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def drafter_digest(folder: Path) -> str:

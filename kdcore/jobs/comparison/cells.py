@@ -26,7 +26,7 @@ from kdcore.runs.results import (
     TrainingResults,
     means_over,
 )
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 from kdcore.specs.compare import CellSpec, CompareSpec
 from kdcore.specs.parts.changes import changed, plain
 from kdcore.specs.parts.training import KeptResponsesSpec
@@ -121,7 +121,7 @@ class Cell:
             self._failure_file.unlink(missing_ok=True)
         else:
             self._failure_file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._failure_file, CELL_FAILURE.text(CellFailure(reason)))
+            write_text(self._failure_file, CELL_FAILURE.text(CellFailure(reason)))
 
     @property
     def _failure_file(self) -> Path:
