@@ -15,7 +15,7 @@ import typer
 from kdcore.components import registry
 from kdcore.errors import UserError, counted
 from kdcore.runs import interruption
-from kdcore.runs.whole_files import beside, unwritable, whole
+from kdcore.runs.whole_files import beside, naming, unwritable
 from kdcore_cli.commands.decoding_options import (
     Adapter,
     Attention,
@@ -365,22 +365,23 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    with whole(out) as place:
+    place = beside(out)
+    try:
+        file = place.open("x", encoding="utf-8")
+    except FileExistsError:
+        _refuse_taken(out)  # it was created since the first look
+        raise UserError(f"another command was writing {out}", "rerun the command") from None
+    except OSError as fault:
+        raise unwritable(out, fault, "name a file in a writable folder") from None
+    with naming(out), file:
         try:
-            file = place.open("x", encoding="utf-8")
-        except FileExistsError:
-            _refuse_taken(out)  # it was created since the first look
-            raise UserError(f"another command was writing {out}", "rerun the command") from None
-        except OSError as fault:
-            raise unwritable(out, fault, "name a file in a writable folder") from None
-        with file:
-            try:
-                _refuse_taken(out, own=True)  # by a command that has just ended
-                yield file
-            except BaseException:
-                if not place.stat().st_size:
-                    place.unlink()
-                raise
+            _refuse_taken(out, own=True)  # by a command that has just ended
+            yield file
+        except BaseException:
+            if not place.stat().st_size:
+                place.unlink()
+            raise
+    place.replace(out)
 
 
 @contextmanager
