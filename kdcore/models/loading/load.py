@@ -42,7 +42,7 @@ from kdcore.models.loading.adapters import with_adapters, with_saved_adapter
 from kdcore.models.loading.cut import cut_layers
 from kdcore.models.loading.loaded import LoadedModel, first_few
 from kdcore.models.loading.placement import Placement, attention_arguments, dtype_of, refuse_float16
-from kdcore.models.probes import pools_before_padding, refuse_bidirectional
+from kdcore.models.probes import pools_before_padding, refuse_bidirectional, refuse_reluctant
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 
@@ -328,9 +328,12 @@ def _outline(config: Any, kind: Any, spec: ModelSpec) -> Any:
     """The model on the meta device."""
     arguments = attention_arguments(spec) | {"trust_remote_code": spec.trust_remote_code}
     with torch.device("meta"):
-        return readable(
+        model = readable(
             lambda: kind.from_config(config, dtype=dtype_of(spec, config), **arguments), spec
         )
+    if kind is AutoModelForCausalLM:
+        refuse_reluctant(model)
+    return model
 
 
 def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:
