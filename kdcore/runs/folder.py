@@ -46,6 +46,7 @@ from pydantic import ValidationError
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.runs import interruption
+from kdcore.runs.checkpoints import newest_checkpoint
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
 from kdcore.runs.recognition import is_damaged, is_run, refuse_no_run
 from kdcore.runs.record_files import Record, RecordFile, differences
@@ -286,12 +287,7 @@ class Run:
 
     def checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
-        found = [
-            path
-            for path in self.folder.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
-        ]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        return newest_checkpoint(self.folder)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -384,15 +380,6 @@ class Run:
         except BaseException:
             self._held.release()
             raise
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's last file exists and is complete."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _step_of(line: str) -> int:

@@ -29,7 +29,7 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
-from kdcore.jobs.resolution.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
 from kdcore.jobs.train_drafter import origin_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model

@@ -32,9 +32,9 @@ from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
-from kdcore.training.arguments import StepDecay
-from kdcore.training.momentum_optimizer import StreamGradients
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.step_scores import StepScores
+from kdcore.training.stream_gradients import StreamGradients
 from kdcore.training.trainer.auxiliary import Auxiliary, MicroBatch
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.checkpointing import CheckpointingTrainer
