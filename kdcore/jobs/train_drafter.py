@@ -267,7 +267,8 @@ class _Drafting:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             batch = batch_of(collate(list(enumerate(part)), pad), self.target.model.device)
-            states = torch.cat(view.read(batch), dim=-1)
+            with in_field("target"):
+                states = torch.cat(view.read(batch), dim=-1)
             yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
     @property

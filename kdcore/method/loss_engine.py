@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
 from kdcore.method.gating import accepted_share, gate_all, gate_chunk, outside_range
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.known_gradients import known
 from kdcore.method.logits import ALIGNED, AlignedLogits, HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.positions import LearnedChunk, MaskedPositions
-from kdcore.method.records import Batch
+from kdcore.method.records import Batch, of_shape
 from kdcore.method.schedule import value_at
 
 IMPORTANCE = "importance"
@@ -210,11 +209,7 @@ class LossEngine:
         if self.objective.advantage is None:
             return positions
         found = self.objective.advantage(tokens)
-        if found.shape != tokens.mask.shape:
-            raise UserError(
-                f"the advantage has shape {list(found.shape)}, expected {list(tokens.mask.shape)}",
-                "correct the advantage; `kdcore plugins check PACKAGE` tests an installed one",
-            )
+        found = of_shape(found, tokens.mask, "the advantage", "values")
         return replace(positions, advantage=found.flatten()[place])
 
     def _shares(

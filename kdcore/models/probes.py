@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -34,18 +35,15 @@ def running(model: Any) -> Iterator[None]:
         model: The model that runs inside the context; it may be wrapped.
 
     Raises:
-        UserError: The code of the model, or of a library below it, raised an error.
+        UserError: The code of the model, or of torch or transformers below it, raised an error.
     """
     try:
         yield
     except _FAULTS as fault:
-        raised = fault.__traceback__
-        while raised is not None and raised.tb_next is not None:
-            raised = raised.tb_next
-        if raised and str(raised.tb_frame.f_globals.get("__name__")).startswith("kdcore"):
-            raise
         plain = getattr(model, "module", model)
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+        if not _failed_inside(type(plain), fault):
+            raise
         raise _failing(plain, fault) from fault
 
 
@@ -71,6 +69,21 @@ def refuse_reluctant(model: Any) -> None:
             raise _failing(model, fault) from fault
     except Exception:
         return
+
+
+def _failed_inside(model: type[Any], fault: BaseException) -> bool:
+    """Whether a model's code was called as it can be, and the error is its own.
+
+    A wrong call fails before the model's code begins, and a fault of a hook, kdcore's or another's,
+    below code that is neither the model's nor of its libraries.
+    """
+    libraries = {"torch", "transformers", model.__module__.partition(".")[0]}
+    passed = [
+        str(frame.f_globals.get("__name__", "torch"))  # what torch compiled has no name
+        for frame, _ in traceback.walk_tb(fault.__traceback__)
+    ]
+    of_pass = list(dropwhile(lambda module: module.partition(".")[0] not in libraries, passed))
+    return model.__module__ in of_pass and {each.partition(".")[0] for each in of_pass} <= libraries
 
 
 @torch.no_grad()
@@ -257,7 +270,8 @@ def pools_before_padding(model: Any) -> bool:
 def _failing(model: Any, fault: Exception) -> UserError:
     return UserError(
         f"the code of {type(model).__name__} fails on these rows: {first_line(fault)}",
-        "choose a model of another family; --debug prints where its code fails",
+        "check the rows and the model's settings, or choose a model of another family; --debug "
+        "shows where its code fails",
     )
 
 

@@ -187,7 +187,8 @@ def _refuse_router_loss(config: Any, name: str) -> None:
 def _refuse_lengths(config: Any, name: str) -> None:
     if config.model_type == "reformer":
         raise UserError(
-            f"{name} is a Reformer, which trains only on rows of a multiple of its chunk length",
+            f"{name} is a Reformer, which trains only on rows whose length is a multiple of its "
+            "chunk length",
             "choose a student of another family",
         )
 

@@ -352,7 +352,7 @@ class DistillationTrainer(CheckpointingTrainer):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
         wrong = [label for label, share in step.acceptance.items() if not share.isfinite()]
-        terms += "".join(f", weights of gate '{label}' too" for label in wrong)
+        told = "".join(f"; the weights of gate '{label}' are not finite" for label in wrong)
         also = "".join(f" and gate '{label}'" for label in wrong)
         ids = ", ".join(micro.row_ids(int(i)) for i in batch.index)
         at = f"at step {self.state.global_step + 1}"
@@ -360,7 +360,7 @@ class DistillationTrainer(CheckpointingTrainer):
             counts = {label: float(count) for label, count in step.outside.items()}
             refuse_outside(counts, micro.engine.objective.gates, f"{at}; rows: {ids}")
         raise TrainingDiverged(
-            f"the loss is not finite {at} ({terms}); rows: {ids}",
+            f"the loss is not finite {at} ({terms}){told}; rows: {ids}",
             f"check these rows{also}, or lower training.learning_rate; then rerun with "
             "overwrite=True",
         )

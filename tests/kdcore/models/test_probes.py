@@ -83,8 +83,12 @@ def test_a_model_that_fails_on_plain_tokens_is_refused_with_its_reason(tmp_path:
         load_model(in_files(config, tmp_path))
 
 
+def another_s_hook(*given: Any) -> None:
+    raise ValueError("a fault of its own")
+
+
 def test_a_pass_tells_what_the_model_s_own_code_raises() -> None:
-    """And not a fault of kdcore's inside of it."""
+    """And neither a wrong call, nor the fault of a hook, kdcore's or another's."""
     config = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 61, "prompt_types": 2}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16}
     model = AutoModelForCausalLM.from_config(CpmAntConfig(**config, **sizes))
@@ -92,6 +96,12 @@ def test_a_pass_tells_what_the_model_s_own_code_raises() -> None:
     said = "the code of CpmAntForCausalLM fails on these rows: index out"
     with pytest.raises(UserError, match=said), running(model):
         model(input_ids=rows)
+    with pytest.raises(TypeError, match="positional arguments"), running(model):
+        model(*[rows] * 20)
+    hooked = model.get_input_embeddings().register_forward_pre_hook(another_s_hook)
+    with pytest.raises(ValueError, match="of its own"), running(model):
+        model(input_ids=rows)
+    hooked.remove()
     model.register_forward_pre_hook(lambda *given: points({"a": None}))  # type: ignore[dict-item]
     with pytest.raises(TypeError), running(model):
         model(input_ids=rows)
@@ -105,7 +115,7 @@ def test_a_reformer_teaches_and_does_not_learn(tmp_path: Path, weights: bool) ->
     causal |= {"axial_pos_embds": False, "hash_seed": 0, "attn_layers": ["local", "lsh"]}
     spec = in_files(ReformerConfig(vocab_size=290, **sizes, **chunks, **causal), tmp_path)
     assert load_model(spec, weights=weights).classes == 290
-    with pytest.raises(UserError, match="is a Reformer, which trains only on rows of a multiple"):
+    with pytest.raises(UserError, match="is a Reformer, which trains only on rows whose length"):
         load_student(StudentSpec(model=spec.model), None, weights=weights)
 
 

@@ -22,7 +22,7 @@ from kdcore.data.rows import RowDataset
 from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.records import Row
+from kdcore.method.records import LogitBatch, Row
 from kdcore.models.assembly import Assembly
 from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
@@ -308,11 +308,20 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> N
     assert "learning_rate" in stopped.value.cure
 
 
-def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path, floor: float) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.floor = floor
+
+        def __call__(self, batch: LogitBatch) -> torch.Tensor:
+            return batch.mask / 0.0
+
     made = trainer(tmp_path, {"gates": ["all"]})
     (label,) = made.engine.objective.gates
-    made.engine.objective.gates[label] = lambda batch: batch.mask / 0.0  # type: ignore[index]
-    with pytest.raises(TrainingDiverged, match=f"weights of gate '{label}' too") as stopped:
+    made.engine.objective.gates[label] = Broken()  # type: ignore[index]
+    said = f"; the weights of gate '{label}' are not finite; rows"
+    with pytest.raises(TrainingDiverged, match=said) as stopped:
         made.train()
     assert f"check these rows and gate '{label}'" in stopped.value.cure
 
