@@ -33,7 +33,7 @@ from kdcore.errors import UserError, in_field
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.jobs.model_card import drafter_card
-from kdcore.jobs.resolution.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on, pins_memory, process_device
@@ -54,9 +54,10 @@ from kdcore.runs.results import (
     TrainingResults,
 )
 from kdcore.specs.train_drafter import TrainDrafterSpec
-from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
+from kdcore.training.arguments import micro_batches, processes, training_arguments
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.probe import Probe

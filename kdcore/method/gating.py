@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from kdcore.errors import UserError, counted
 from kdcore.method.positions import MaskedPositions
 from kdcore.method.protocols import Gate, RankedGate
 from kdcore.method.records import LogitBatch, of_shape
@@ -101,3 +102,31 @@ def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:
     floor = float(getattr(gate, "floor", 0.0))
     # with a floor of 1 all weights are 1, unless the gate is wrong
     return weight if floor == 1.0 else (weight - floor) / (1.0 - floor)
+
+
+def outside_range(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+    """The number of weights outside [floor, 1], as a scalar that the host has not read.
+
+    Tolerates what rounding to bfloat16 does. A NaN is not counted: it makes the loss one.
+    """
+    slack = torch.finfo(torch.bfloat16).eps
+    floor = float(getattr(gate, "floor", 0.0))
+    return ((weight < floor - slack) | (weight > 1.0 + slack)).sum()
+
+
+def refuse_outside(counts: Mapping[str, float], gates: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a gate gave weights outside its range.
+
+    Args:
+        counts: Label -> number of those weights.
+        gates: Label -> gate.
+        where: Place in the training, for the message.
+    """
+    for label, count in counts.items():
+        if count:
+            weights = counted(int(count), "weight")
+            floor = float(getattr(gates[label], "floor", 0.0))
+            raise UserError(
+                f"gate '{label}' gave {weights} outside [{floor:g}, 1] {where}",
+                "correct the gate; `kdcore plugins check PACKAGE` tests an installed one",
+            )

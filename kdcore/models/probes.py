@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,11 +44,31 @@ def running(model: Any) -> Iterator[None]:
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         if not _failed_inside(type(plain), fault):
             raise
-        raise UserError(
-            f"the code of {type(plain).__name__} fails on these rows: {first_line(fault)}",
-            "check the rows and the model's settings, or choose a model of another family; --debug "
-            "shows where its code fails",
-        ) from fault
+        raise _failing(plain, fault) from fault
+
+
+@torch.no_grad()
+def refuse_reluctant(model: Any) -> None:
+    """Check, without weights, that the code of a model does not refuse plain tokens.
+
+    Only a ValueError that the code of its own family raises says so: other passes end on the meta
+    device since no tensor has values there.
+
+    Args:
+        model: The model, on the meta device.
+
+    Raises:
+        UserError: The code of the model refuses them.
+    """
+    classes, family = model.get_input_embeddings().weight.shape[0], type(model).__module__
+    try:
+        with _evaluating(model):
+            model(input_ids=_tokens(classes, torch.device("meta")), use_cache=False)
+    except ValueError as fault:
+        if traceback.extract_tb(fault.__traceback__)[-1].filename == sys.modules[family].__file__:
+            raise _failing(model, fault) from fault
+    except Exception:
+        return
 
 
 def _failed_inside(model: type[Any], fault: BaseException) -> bool:
@@ -244,6 +265,14 @@ def pools_before_padding(model: Any) -> bool:
     finally:
         model.config.pad_token_id = known
     return False
+
+
+def _failing(model: Any, fault: Exception) -> UserError:
+    return UserError(
+        f"the code of {type(model).__name__} fails on these rows: {first_line(fault)}",
+        "check the rows and the model's settings, or choose a model of another family; --debug "
+        "shows where its code fails",
+    )
 
 
 def _bidirectional(name: str, why: str) -> UserError:

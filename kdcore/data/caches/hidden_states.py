@@ -47,7 +47,7 @@ from kdcore.method.records import Row
 from kdcore.models.facts import dtype_name
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, write_text
 from kdcore.specs.train_drafter import HiddenStatesSpec
 
 SHARD = 16_384
@@ -292,7 +292,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                     "set data.hidden_states.folder to a new or empty folder",
                 )
             else:
-                write_whole(manifest, json.dumps(asdict(origin), indent=2) + "\n")
+                write_text(manifest, json.dumps(asdict(origin), indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(

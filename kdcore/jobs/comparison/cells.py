@@ -26,7 +26,7 @@ from kdcore.runs.results import (
     TrainingResults,
     means_over,
 )
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 from kdcore.specs.comparable import CellSpec
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.parts.changes import changed, plain
@@ -64,7 +64,7 @@ class Cell:
     @property
     def run(self) -> Run:
         """The cell's run."""
-        return Run(self.spec.run)
+        return Run(self.spec.run, planned=True)
 
     @property
     def done(self) -> bool:
@@ -120,7 +120,7 @@ class Cell:
         """Write the reason of a failure, which all shares then know."""
         file = _beside(self.spec.run, CELL_FAILURE.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, CELL_FAILURE.text(failure))
+        write_text(file, CELL_FAILURE.text(failure))
 
     def forget_failure(self) -> None:
         """Remove the reason of a failure and its traceback, before the cell runs again."""

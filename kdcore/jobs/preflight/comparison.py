@@ -32,7 +32,7 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
         UserError: An arm could not start; the message begins with its name.
     """
     registry = registry or installed()
-    Run(spec.run).refuse_foreign()
+    Run(spec.run, planned=True).refuse_foreign()
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     job = registry.job(spec.base.job)
     reports: dict[str, Any] = {}

@@ -29,7 +29,7 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
-from kdcore.jobs.resolution.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loading.loaded import LoadedModel
@@ -52,7 +52,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
-    run = Run(spec.run)
+    run = Run(spec.run, planned=True)
     run.refuse_foreign()
     try:
         return _report(spec, registry, run)

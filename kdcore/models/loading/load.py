@@ -42,7 +42,7 @@ from kdcore.models.loading.adapters import with_adapters, with_saved_adapter
 from kdcore.models.loading.cut import cut_layers
 from kdcore.models.loading.loaded import LoadedModel, first_few
 from kdcore.models.loading.placement import Placement, attention_arguments, dtype_of, refuse_float16
-from kdcore.models.probes import pools_before_padding, refuse_bidirectional
+from kdcore.models.probes import pools_before_padding, refuse_bidirectional, refuse_reluctant
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 
@@ -226,21 +226,25 @@ def _load(
         tokenizer = _tokenizer(folder, model, spec)
         return LoadedModel(model, tokenizer, spec.model, "", kind, bytes=size), []
     weight_files(folder)  # refuses an index that leads out of the folder
-    model, report = from_quantised(
-        spec,
-        lambda: kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype_of(spec),
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            **({} if asked is None else {"quantization_config": asked}),
-            **attention_arguments(spec),
-            **place.arguments,
-        ),
-        quantised=quantised,
-    )
+
+    def read() -> Any:
+        try:
+            return kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype_of(spec),
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                **({} if asked is None else {"quantization_config": asked}),
+                **attention_arguments(spec),
+                **place.arguments,
+            )
+        except RuntimeError:  # transformers' own about other shapes does not say which
+            refuse_unusable_weights(folder, _outline(config, kind, spec))
+            raise
+
+    model, report = from_quantised(spec, read, quantised=quantised)
     tokenizer = _tokenizer(folder, model, spec)
     if adapter is not None:
         model = with_saved_adapter(model, adapter, spec)
@@ -326,9 +330,12 @@ def _outline(config: Any, kind: Any, spec: ModelSpec) -> Any:
     """The model on the meta device."""
     arguments = attention_arguments(spec) | {"trust_remote_code": spec.trust_remote_code}
     with torch.device("meta"):
-        return readable(
+        model = readable(
             lambda: kind.from_config(config, dtype=dtype_of(spec, config), **arguments), spec
         )
+    if kind is AutoModelForCausalLM:
+        refuse_reluctant(model)
+    return model
 
 
 def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:

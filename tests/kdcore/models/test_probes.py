@@ -24,7 +24,12 @@ from kdcore.errors import UserError
 from kdcore.models.anatomy import decoder_of, head_of
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.models.probes import body_and_head_agree, refuse_bidirectional, running
+from kdcore.models.probes import (
+    body_and_head_agree,
+    refuse_bidirectional,
+    refuse_reluctant,
+    running,
+)
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.changes import points
 from kdcore.specs.parts.fields import ModelSpec
@@ -165,3 +170,17 @@ def test_a_head_of_another_scale_or_cap_is_seen_at_every_size(
     assert decoder is not None and head is not None
     assert body_and_head_agree(model, decoder, head)
     assert not body_and_head_agree(model, decoder, lambda: replace(head(), **wrong))
+
+
+def test_a_model_whose_own_code_refuses_tokens_is_refused_without_weights() -> None:
+    """What fails only since the meta device has no values says nothing of the model."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = XmodConfig(**sizes, num_attention_heads=2, is_decoder=True)
+    told = XmodConfig(**sizes, num_attention_heads=2, is_decoder=True, default_language="en_XX")
+    with torch.device("meta"):
+        unsure, sure = (AutoModelForCausalLM.from_config(each) for each in (config, told))
+    with pytest.raises(UserError, match=r"code of XmodForCausalLM fails .*Input language unknown"):
+        refuse_reluctant(unsure)
+    refuse_reluctant(sure)
+    for family in FAMILIES:
+        refuse_reluctant(language_model(family).to("meta"))
