@@ -35,14 +35,14 @@ def running(model: Any) -> Iterator[None]:
         model: The model that runs inside the context; it may be wrapped.
 
     Raises:
-        UserError: The code of the model, or of torch or transformers below it, raised an error.
+        UserError: The code of the model, or of a library below it, raised an error.
     """
     try:
         yield
     except _FAULTS as fault:
         plain = getattr(model, "module", model)
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-        if not _failed_inside(type(plain), fault):
+        if not _failed_inside(plain, fault):
             raise
         raise _failing(plain, fault) from fault
 
@@ -71,19 +71,21 @@ def refuse_reluctant(model: Any) -> None:
         return
 
 
-def _failed_inside(model: type[Any], fault: BaseException) -> bool:
+def _failed_inside(model: nn.Module, fault: BaseException) -> bool:
     """Whether a model's code was called as it can be, and the error is its own.
 
     A wrong call fails before the model's code begins, and a fault of a hook, kdcore's or another's,
-    below code that is neither the model's nor of its libraries.
+    in code that is neither that of a module of the model nor of torch or transformers.
     """
-    libraries = {"torch", "transformers", model.__module__.partition(".")[0]}
+    own = {type(each).__module__ for each in model.modules()}
+    libraries = {"torch", "transformers"} | {each.partition(".")[0] for each in own}
     passed = [
         str(frame.f_globals.get("__name__", "torch"))  # what torch compiled has no name
         for frame, _ in traceback.walk_tb(fault.__traceback__)
     ]
     of_pass = list(dropwhile(lambda module: module.partition(".")[0] not in libraries, passed))
-    return model.__module__ in of_pass and {each.partition(".")[0] for each in of_pass} <= libraries
+    begun = type(model).__module__ in of_pass
+    return begun and {each.partition(".")[0] for each in of_pass} <= libraries
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from kdcore.models.folder.files import (
 )
 from kdcore.models.folder.new import new_config, numbered
 from kdcore.models.folder.quantization import (
+    compute_as_asked,
     from_quantised,
     method_of,
     outline_bytes,
@@ -245,6 +246,7 @@ def _load(
             raise
 
     model, report = from_quantised(spec, read, quantised=quantised)
+    compute_as_asked(model)
     tokenizer = _tokenizer(folder, model, spec)
     if adapter is not None:
         model = with_saved_adapter(model, adapter, spec)
@@ -252,10 +254,8 @@ def _load(
     if kind is AutoModelForCausalLM:
         refuse_bidirectional(model, spec.model)
     files, digest = _digests(spec, folder, adapter)
-    loaded = LoadedModel(
-        model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own
-    )
-    return loaded, sorted(report["missing_keys"])
+    made = LoadedModel(model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own)
+    return made, sorted(report["missing_keys"])
 
 
 def digest_of(spec: ModelSpec) -> str:
