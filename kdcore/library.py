@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
-from kdcore.runs.folder import Run, is_run
+from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import unwritable, write_whole
+from kdcore.runs.whole_files import unwritable, write_text
 from kdcore.specs.evaluate import EvaluateSpec
 from kdcore.specs.parts.fields import ModelSpec, SpecModel
 from kdcore.specs.reading import file
@@ -237,7 +237,7 @@ def evaluate(
     from kdcore.jobs.evaluate import evaluate as measured
     from kdcore.jobs.evaluate import spec_of
 
-    if isinstance(spec, Path | str) and is_run(Path(spec)):
+    if isinstance(spec, Path | str) and not _names_a_file(Path(spec)):
         spec = Run(spec)
     if isinstance(spec, Run):
         spec = spec_of(spec)
@@ -248,6 +248,11 @@ def evaluate(
         )
     with _placing(spec, overrides):
         return measured(asked, registry=registry, progress=progress)
+
+
+def _names_a_file(path: Path) -> bool:
+    """Whether a path is meant as a spec file, and not as a run folder."""
+    return path.is_file() or (path.suffix in (".yaml", ".yml") and not path.is_dir())
 
 
 def report(
@@ -274,7 +279,7 @@ def report(
     _refuse_other(place, overwrite)
     page = page_of(runs)
     try:
-        write_whole(place, page)
+        write_text(place, page)
     except OSError as fault:
         raise unwritable(place, fault, "name another file (out=FILE)") from fault
     return place.resolve()

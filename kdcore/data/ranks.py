@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from kdcore.errors import UserError, first_line
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 
 Found = TypeVar("Found")
 Item = TypeVar("Item")
@@ -103,7 +103,7 @@ class Ranks:
                     ) from fault
             with suppress(OSError):
                 if not file.exists():
-                    write_whole(file, json.dumps(self._mistake_of(fault)))
+                    write_text(file, json.dumps(self._mistake_of(fault)))
             raise
 
     def _mistake_of(self, fault: Exception) -> tuple[str, str]:

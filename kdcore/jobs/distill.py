@@ -55,7 +55,6 @@ from kdcore.runs.results import (
 from kdcore.runs.today import today
 from kdcore.specs.distill import DistillSpec
 from kdcore.training.arguments import (
-    StepDecay,
     lost_updates,
     processes,
     several_shards,
@@ -64,6 +63,7 @@ from kdcore.training.arguments import (
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.saved_student import save_student
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights

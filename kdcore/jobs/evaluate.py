@@ -127,14 +127,19 @@ def spec_of(run: Run) -> dict[str, Any]:
         The spec as plain data.
 
     Raises:
-        UserError: The run has not saved its student yet.
+        UserError: The run is of another job, or has not saved its student yet.
     """
+    asked = run.spec()
+    if asked["job"] != "distill":
+        raise UserError(
+            f"{run.folder} is a run of {asked['job']}, and only a run of distill has a student",
+            "name a run of distill; those of a comparison are in its folder cells",
+        )
     if not run.path("model", "config.json").exists():
         raise UserError(
             f"{run.folder} does not contain a trained student",
             "finish the run: run its spec again with resume=True",
         )
-    asked = run.spec()
     # The user must trust the teacher's code again: the run's consent does not carry over.
     teacher = asked["teacher"] and asked["teacher"] | {"trust_remote_code": False}
     data, measured = asked["data"], asked["evaluation"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcore.components.registry import Registry, installed
 from kdcore.data.batching.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
-from kdcore.data.caches.hidden_states import HiddenStates, Origin, store
+from kdcore.data.caches.hidden_states import HiddenStates, origin_of, store
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import Ranks
 from kdcore.data.rows import (
@@ -28,17 +28,16 @@ from kdcore.data.templates.mask import prompt_ids
 from kdcore.decoding.build import greedy_decoder
 from kdcore.decoding.drafters.files import save_drafter, template_digest
 from kdcore.decoding.loop import Stop
-from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.decoding.trials.tree_probe import refuse_unfaithful
 from kdcore.errors import UserError, in_field
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.jobs.model_card import drafter_card
-from kdcore.jobs.resolution.resolved import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on, pins_memory, process_device
-from kdcore.models.facts import dtype_name, end_ids
+from kdcore.models.facts import end_ids
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.facts import ModelOrigin
 from kdcore.runs.folder import Run
@@ -54,10 +53,11 @@ from kdcore.runs.results import (
     Replay,
     TrainingResults,
 )
-from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
-from kdcore.training.arguments import StepDecay, micro_batches, processes, training_arguments
+from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.training.arguments import micro_batches, processes, training_arguments
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.probe import Probe
@@ -95,23 +95,6 @@ def train_drafter(
         _Drafting.prepare(spec, hooks).carry_out()
 
     return training_run(spec, work, registry, overwrite=overwrite, resume=resume, progress=progress)
-
-
-def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
-    """Describe the hidden states that a run stores.
-
-    Args:
-        asked: The spec of the stored hidden states.
-        drafter: The drafter, whose ``layers`` are stored.
-        target: The target model.
-
-    Returns:
-        The target's digest, the layers, the width and the dtypes.
-    """
-    width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
-    return Origin(
-        target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
-    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +249,8 @@ class _Drafting:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             batch = batch_of(collate(list(enumerate(part)), pad), self.target.model.device)
-            states = torch.cat(view.read(batch), dim=-1)
+            with in_field("target"):
+                states = torch.cat(view.read(batch), dim=-1)
             yield from (each[: len(row.labels)] for each, row in zip(states, part, strict=True))
 
     @property

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, counted
 from kdcore.method.positions import MaskedPositions
 from kdcore.method.protocols import Gate, RankedGate
-from kdcore.method.records import LogitBatch
+from kdcore.method.records import LogitBatch, of_shape
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def gate_chunk(
     """
     for label, gate in gates.items():
         found = gate(replace(logits, generator=generators[label]))
-        _refuse_shape(label, "weights", found, logits.mask)
-        weights[label][chunk] = found[0].to(weights[label].dtype)
+        weighed = of_shape(found, logits.mask, f"gate '{label}'", "weights")
+        weights[label][chunk] = weighed[0].to(weights[label].dtype)
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def gate_all(
     for chunk in positions.chunks(length):
         gate_chunk(plain, chunk.logits, chunk.place, weights, generators)
         for label, gate in ranked.items():
-            scores = gate.score(replace(chunk.logits, generator=generators[label]))
-            _refuse_shape(label, "scores", scores, chunk.logits.mask)
+            found = gate.score(replace(chunk.logits, generator=generators[label]))
+            scores = of_shape(found, chunk.logits.mask, f"gate '{label}'", "scores")
             weights[label][chunk.place] = scores[0].to(weights[label].dtype)
     softening, every = None, {label: weights[label] for label in ranked}
     for label, scores in every.items():
@@ -90,31 +90,43 @@ def _rank(
     weights, factors = [scores[:0]], [scores[:0]]
     for those in torch.split(scores, positions.row_lengths) if by_row else [scores]:
         found = gate.weigh(those, positions.progress)
-        _refuse_shape(label, "weights", found, those)
-        weights.append(found)
+        weights.append(of_shape(found, those, f"gate '{label}'", "weights"))
         if temperatures is not None:
             softened = temperatures(those, found)
-            _refuse_shape(label, "temperatures", softened, those)
-            factors.append(softened)
+            factors.append(of_shape(softened, those, f"gate '{label}'", "temperatures"))
     return torch.cat(weights), None if temperatures is None else torch.cat(factors)
 
 
 def accepted_share(gate: Gate | RankedGate | None, weight: Tensor) -> Tensor:
     """How far each position is accepted, in [0, 1]: 0 where its weight is the gate's floor."""
     floor = float(getattr(gate, "floor", 0.0))
-    return torch.ones_like(weight) if floor == 1.0 else (weight - floor) / (1.0 - floor)
+    # with a floor of 1 all weights are 1, unless the gate is wrong
+    return weight if floor == 1.0 else (weight - floor) / (1.0 - floor)
 
 
-def _refuse_shape(label: str, what: str, found: object, like: Tensor) -> None:
-    """A shape that broadcasts would give every position one value, and say nothing."""
-    if not isinstance(found, Tensor):
-        raise UserError(
-            f"gate '{label}' returned {type(found).__name__}, not a tensor of {what}",
-            f"return a tensor of shape {list(like.shape)}",
-        )
-    if found.shape != like.shape:
-        raise UserError(
-            f"gate '{label}' returned {what} of shape {list(found.shape)}, expected "
-            f"{list(like.shape)}",
-            "correct the gate; `kdcore plugins check PACKAGE` tests an installed one",
-        )
+def outside_range(gate: Gate | RankedGate, weight: Tensor) -> Tensor:
+    """The number of weights outside [floor, 1], as a scalar that the host has not read.
+
+    Tolerates what rounding to bfloat16 does. A NaN is not counted: it makes the loss one.
+    """
+    slack = torch.finfo(torch.bfloat16).eps
+    floor = float(getattr(gate, "floor", 0.0))
+    return ((weight < floor - slack) | (weight > 1.0 + slack)).sum()
+
+
+def refuse_outside(counts: Mapping[str, float], gates: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a gate gave weights outside its range.
+
+    Args:
+        counts: Label -> number of those weights.
+        gates: Label -> gate.
+        where: Place in the training, for the message.
+    """
+    for label, count in counts.items():
+        if count:
+            weights = counted(int(count), "weight")
+            floor = float(getattr(gates[label], "floor", 0.0))
+            raise UserError(
+                f"gate '{label}' gave {weights} outside [{floor:g}, 1] {where}",
+                "correct the gate; `kdcore plugins check PACKAGE` tests an installed one",
+            )

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcore.errors import UserError
-from kdcore.method.gating import accepted_share, gate_all, gate_chunk
+from kdcore.method.gating import accepted_share, gate_all, gate_chunk, outside_range
 from kdcore.method.generators import drawing_on, one_generator_each
 from kdcore.method.known_gradients import known
 from kdcore.method.logits import ALIGNED, AlignedLogits, HiddenLogits, TeacherLogits
 from kdcore.method.objective import TASK, Objective
 from kdcore.method.positions import LearnedChunk, MaskedPositions
-from kdcore.method.records import Batch
+from kdcore.method.records import Batch, of_shape
 from kdcore.method.schedule import value_at
 
 IMPORTANCE = "importance"
@@ -39,12 +38,20 @@ class StepLoss:
         terms: Mean of each term before its weight.
         acceptance: Accepted share by gate label, averaged like an ungated term.
         scores: The scores [N] of the ranked gates by label.
+        outside: Number of weights outside the range of their gate by label; see `outside_range`.
     """
 
     losses: dict[str, Tensor]
     terms: dict[str, Tensor]
     acceptance: dict[str, Tensor]
     scores: dict[str, Tensor]
+    outside: dict[str, Tensor]
+
+    @property
+    def sound(self) -> Tensor:
+        """Whether each loss is finite and each gate's weight in its range, as a scalar."""
+        finite = torch.stack(list(self.losses.values())).isfinite().all()
+        return torch.stack([finite, *(count == 0 for count in self.outside.values())]).all()
 
     @property
     def figures(self) -> dict[str, Tensor]:
@@ -161,6 +168,7 @@ class LossEngine:
             for label, weight in weights.items()
             if label != IMPORTANCE
         }
+        outside = {label: outside_range(gate, weights[label]) for label, gate in gates.items()}
         attached = {stream: loss.attached() for stream, loss in streams.items()}
         gated = share * _product(list(weights.values()), share)
         ours, theirs = student.layers, getattr(teacher, "layers", None)
@@ -170,7 +178,7 @@ class LossEngine:
             means[label] += total.detach()
             for stream in (s for s, members in self.streams.items() if label in members):
                 attached[stream] = attached[stream] + scheduled[label] * total
-        return StepLoss(attached, means, acceptance, scores)
+        return StepLoss(attached, means, acceptance, scores, outside)
 
     def gate_weights(
         self,
@@ -201,11 +209,7 @@ class LossEngine:
         if self.objective.advantage is None:
             return positions
         found = self.objective.advantage(tokens)
-        if found.shape != tokens.mask.shape:
-            raise UserError(
-                f"the advantage has shape {list(found.shape)}, expected {list(tokens.mask.shape)}",
-                "correct the advantage; `kdcore plugins check PACKAGE` tests an installed one",
-            )
+        found = of_shape(found, tokens.mask, "the advantage", "values")
         return replace(positions, advantage=found.flatten()[place])
 
     def _shares(

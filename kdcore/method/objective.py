@@ -25,7 +25,7 @@ from kdcore.method.protocols import (
     RankedGate,
     Stateful,
 )
-from kdcore.method.records import LogitBatch, Part
+from kdcore.method.records import LogitBatch, Part, of_shape
 from kdcore.method.schedule import Points, value_at
 
 TASK = "task"
@@ -189,13 +189,13 @@ class Objective:
             parts = {"kd": Part(batch.student / divided_by, batch.teacher / divided_by, gate)}
             for splitter in self.splitters:
                 parts = splitter(parts, batch)
-        terms = {
-            name: tau**2
-            * part.weight
-            * _compared(name, part, self.part_divergences.get(name, divergence))
-            for name, part in parts.items()
-            if name in self.weights
-        }
+        terms = {}
+        for name, part in parts.items():
+            if name in self.weights:
+                found = self.part_divergences.get(name, divergence)(*part.compared)
+                value = of_shape(found, gate, f"the divergence of the term '{name}'", "values")
+                weight = of_shape(part.weight, gate, f"the splitter of '{name}'", "weights")
+                terms[name] = tau**2 * weight * value
         if any(name in self.weights for name in (*OF_LABELS, POLICY)):
             classes_first = batch.student.movedim(-1, 1)
             surprise = F.cross_entropy(classes_first, batch.labels, reduction="none")
@@ -205,19 +205,6 @@ class Objective:
         if FEATURE in self.weights:
             terms[FEATURE] = gate * _feature_distance(batch)
         return terms
-
-
-def _compared(name: str, part: Part, divergence: Divergence) -> Tensor:
-    """[B, T]; a mean over positions would broadcast, and say nothing."""
-    found: object = divergence(*part.compared)
-    expected = part.student.shape[:-1]
-    if isinstance(found, Tensor) and found.shape == expected:
-        return found
-    got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    raise UserError(
-        f"the divergence of the term '{name}' returned {got}, expected shape {list(expected)}",
-        "correct the divergence; `kdcore plugins check PACKAGE` tests an installed one",
-    )
 
 
 def owned(owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,8 +26,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcore.errors import UserError
+
 LOG_ZERO = -1e4
 """Finite substitute for log 0: its exp is exactly 0 in float32, and it never causes a NaN."""
+
+
+def of_shape(found: Any, like: Tensor, by: str, what: str) -> Tensor:
+    """What a component returned; a shape that broadcasts would train without a word.
+
+    Args:
+        found: What it returned.
+        like: A tensor of the shape that was asked for.
+        by: The component in the message, e.g. "gate 'speckd'".
+        what: What it returns, e.g. "weights".
+
+    Returns:
+        ``found``.
+
+    Raises:
+        UserError: It is no tensor, or one of another shape.
+    """
+    if isinstance(found, Tensor) and found.shape == like.shape:
+        return found
+    a_tensor = isinstance(found, Tensor)
+    got = f"shape {list(found.shape)}" if a_tensor else f"type {type(found).__name__}"
+    raise UserError(
+        f"{by} returned {what} of {got}, expected a tensor of shape {list(like.shape)}",
+        f"correct {by}; `kdcore plugins check PACKAGE` tests an installed package",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -37,17 +40,52 @@ def running(model: Any) -> Iterator[None]:
     try:
         yield
     except _FAULTS as fault:
-        raised = fault.__traceback__
-        while raised is not None and raised.tb_next is not None:
-            raised = raised.tb_next
-        if raised and str(raised.tb_frame.f_globals.get("__name__")).startswith("kdcore"):
-            raise
         plain = getattr(model, "module", model)
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-        raise UserError(
-            f"the code of {type(plain).__name__} fails on these rows: {first_line(fault)}",
-            "choose a model of another family; --debug prints where its code fails",
-        ) from fault
+        if not _failed_inside(plain, fault):
+            raise
+        raise _failing(plain, fault) from fault
+
+
+@torch.no_grad()
+def refuse_reluctant(model: Any) -> None:
+    """Check, without weights, that the code of a model does not refuse plain tokens.
+
+    Only a ValueError that the code of its own family raises says so: other passes end on the meta
+    device since no tensor has values there.
+
+    Args:
+        model: The model, on the meta device.
+
+    Raises:
+        UserError: The code of the model refuses them.
+    """
+    classes, family = model.get_input_embeddings().weight.shape[0], type(model).__module__
+    try:
+        with _evaluating(model):
+            model(input_ids=_tokens(classes, torch.device("meta")), use_cache=False)
+    except ValueError as fault:
+        if traceback.extract_tb(fault.__traceback__)[-1].filename == sys.modules[family].__file__:
+            raise _failing(model, fault) from fault
+    except Exception:
+        return
+
+
+def _failed_inside(model: nn.Module, fault: BaseException) -> bool:
+    """Whether a model's code was called as it can be, and the error is its own.
+
+    A wrong call fails before the model's code begins, and a fault of a hook, kdcore's or another's,
+    in code that is neither that of a module of the model nor of torch or transformers.
+    """
+    own = {type(each).__module__ for each in model.modules()}
+    libraries = {"torch", "transformers"} | {each.partition(".")[0] for each in own}
+    passed = [
+        str(frame.f_globals.get("__name__", "torch"))  # what torch compiled has no name
+        for frame, _ in traceback.walk_tb(fault.__traceback__)
+    ]
+    of_pass = list(dropwhile(lambda module: module.partition(".")[0] not in libraries, passed))
+    begun = type(model).__module__ in of_pass
+    return begun and {each.partition(".")[0] for each in of_pass} <= libraries
 
 
 @torch.no_grad()
@@ -229,6 +267,14 @@ def pools_before_padding(model: Any) -> bool:
     finally:
         model.config.pad_token_id = known
     return False
+
+
+def _failing(model: Any, fault: Exception) -> UserError:
+    return UserError(
+        f"the code of {type(model).__name__} fails on these rows: {first_line(fault)}",
+        "check the rows and the model's settings, or choose a model of another family; --debug "
+        "shows where its code fails",
+    )
 
 
 def _bidirectional(name: str, why: str) -> UserError:

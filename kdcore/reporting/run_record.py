@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcore.errors import UserError, nearest
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.runs.comparison_results import BENCH_RESULTS, COMPARISON, BenchResults, Comparison
 from kdcore.runs.facts import RunFacts
-from kdcore.runs.folder import Run, is_run
+from kdcore.runs.folder import Run
+from kdcore.runs.recognition import refuse_no_run
 from kdcore.runs.record_files import as_written
 from kdcore.runs.results import (
     CELL_COST,
@@ -88,16 +88,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         UserError: A folder is not a run folder, or a file does not have kdcore's format.
     """
     for folder in folders:
-        _refuse_other(folder)
+        refuse_no_run(folder)
     whole = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [_read(folder, name) for folder, name in zip(whole, _names(whole), strict=True)]
-
-
-def _refuse_other(folder: Path) -> None:
-    if not is_run(folder):
-        beside = [path.name for path in folder.parent.glob("*") if is_run(path)]
-        known = f"; {nearest(folder.name, beside)}" if beside else ", e.g. runs/distill"
-        raise UserError(f"{folder} is not a run folder", f"name the folder of a run{known}")
 
 
 def _read(folder: Path, name: str) -> RunRecord:

@@ -76,7 +76,7 @@ class Comparison:
         seeds: The seeds of the spec.
         metrics: Title and format of the figures.
         arms: The arms and the controls, in display order.
-        failures: Cell or arm -> the reason of its failure.
+        failures: Cell or arm -> the reason of its failure, and on further lines its cure.
         kept_by_these_rows: The arms whose models were chosen on the reported rows.
         chosen_by: The criterion that chose the grid points, or None without a grid.
     """

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -47,10 +46,12 @@ from pydantic import ValidationError
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.runs import interruption
+from kdcore.runs.checkpoints import newest_checkpoint
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
+from kdcore.runs.recognition import is_damaged, is_run, refuse_no_run
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
-from kdcore.runs.whole_files import PART, refuse_unwritable, unwritable, write_whole
+from kdcore.runs.whole_files import PART, refuse_unwritable, remove, unwritable, write_text
 from kdcore.specs.parts.fields import SpecModel
 from kdcore.specs.reading import plain_yaml
 
@@ -71,10 +72,16 @@ class Run:
 
     Args:
         folder: The folder.
+        planned: Whether the folder need not hold a run yet.
         writes: Whether this process writes to the folder: only the main one of several does.
+
+    Raises:
+        UserError: The folder does not hold a run, and ``planned`` is False.
     """
 
-    def __init__(self, folder: Path | str, *, writes: bool = True) -> None:
+    def __init__(self, folder: Path | str, *, planned: bool = False, writes: bool = True) -> None:
+        if not planned:
+            refuse_no_run(Path(folder))
         self.folder = Path(os.path.realpath(folder))
         self.writes = writes
         self._held = FileLock(self.folder / "lock", timeout=0)
@@ -109,7 +116,7 @@ class Run:
             UserError: `refuse_foreign` refuses it, another process writes it, it holds a run and
                 neither ``overwrite`` nor ``resume`` is set, or that run has a different spec.
         """
-        run = cls(folder, writes=writes)
+        run = cls(folder, planned=True, writes=writes)
         if not writes:
             return run
         run.refuse_foreign()  # before the lock, so that a foreign folder stays untouched
@@ -163,7 +170,7 @@ class Run:
             raise UserError(f"{self.folder} lies inside another run, {outer}", cure)
         used = self.folder.exists() and any(p.name not in _UNBORN for p in self.folder.iterdir())
         if used and not is_run(self.folder):
-            if (self.folder / "run.json").exists() and (self.folder / "spec.yaml").exists():
+            if is_damaged(self.folder):
                 raise UserError(
                     f"{self.folder / 'run.json'} is damaged, so its run cannot be resumed or "
                     "replaced",
@@ -174,8 +181,14 @@ class Run:
         return used
 
     def spec(self) -> Any:
-        """Read the resolved spec as plain data."""
+        """Read the resolved spec as plain data.
+
+        Raises:
+            UserError: The run was killed before it wrote its spec, or the file was removed.
+        """
         path = self.path("spec.yaml")
+        if not path.exists():
+            raise UserError(f"{path} is missing", "run its spec again with overwrite=True")
         return plain_yaml.parse(path.read_text("utf-8"), lambda line: f"{path}:{line}")[0]
 
     def changed_from(self, spec: SpecModel, registry: Registry) -> list[str]:
@@ -223,7 +236,7 @@ class Run:
         """Write a text, or its parts, in one step, so that a kill never leaves half of a file."""
         if self.writes:
             self.path(name).parent.mkdir(exist_ok=True)
-            write_whole(self.path(name), text)
+            write_text(self.path(name), text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the folder; {} if it does not exist yet."""
@@ -274,12 +287,7 @@ class Run:
 
     def checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
-        found = [
-            path
-            for path in self.folder.glob("checkpoint-*")
-            if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
-        ]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        return newest_checkpoint(self.folder)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -348,7 +356,7 @@ class Run:
         order = {"README.md": -1, "before.json": 1, "spec.yaml": 1, "run.json": 2}
         for item in sorted(self.folder.iterdir(), key=lambda item: order.get(item.name, 0)):
             if item.name != "lock":
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+                remove(item)
 
     @contextmanager
     def _locked(self, patience: float = 0.0) -> Iterator[None]:
@@ -372,23 +380,6 @@ class Run:
         except BaseException:
             self._held.release()
             raise
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of kdcore: other programs write a run.json as well."""
-    try:
-        return bool(json.loads((folder / "run.json").read_text("utf-8"))["versions"]["kdcore"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's last file exists and is complete."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _step_of(line: str) -> int:

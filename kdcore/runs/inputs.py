@@ -15,7 +15,8 @@ from typing import Any
 
 from kdcore.errors import UserError
 from kdcore.runs.facts import RunInput
-from kdcore.runs.folder import CELLS, Run, is_run
+from kdcore.runs.folder import CELLS, Run
+from kdcore.runs.recognition import is_run
 from kdcore.runs.results import FIRST_MEASUREMENT
 
 

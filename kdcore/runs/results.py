@@ -302,10 +302,16 @@ class CellFailure:
     """The failure of a comparison's cell.
 
     Attributes:
-        cause: The reason.
+        cause: What is wrong, a line for each mistake.
+        cure: What to type or change, a line for each; empty if an older version wrote the file.
     """
 
     cause: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        """The lines as every message has them."""
+        return "\n".join([self.cause, *(f"  fix: {line}" for line in self.cure.splitlines())])
 
 
 CELL_FAILURE = RecordFile("failure.json", CellFailure)

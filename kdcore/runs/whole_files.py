@@ -1,4 +1,11 @@
-"""Atomic writes: a file is complete or absent, even if the writing process is killed."""
+"""Atomic writes: a file is complete or absent, even if the writing process is killed.
+
+| function | what is written | who else may write it |
+| --- | --- | --- |
+| `whole` | a file or a folder | nobody: it is in a run's folder, or the caller has locked it |
+| `write_text` | a text | anybody: each writes all of it, and the last text remains |
+| `new_folder` | a folder of a user's choice | one process creates it, others are refused |
+"""
 
 from __future__ import annotations
 
@@ -35,22 +42,31 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Provide a temporary path to write to, and rename it to ``path`` when the block succeeds.
+    """Provide a temporary path, and rename it to ``path`` when the block succeeds.
 
-    An existing file is replaced; a folder must not exist. If the block raises, the temporary file
-    stays. A link at the temporary path is removed, since it would redirect the write.
+    For a path that no other process writes, as in a run's folder or under a lock. An existing file
+    is replaced; a folder must not exist. If the block raises, what it wrote stays until the next
+    call removes it.
 
     Args:
         path: The final path.
 
     Yields:
-        The temporary path.
+        The temporary path, at which nothing is: the block makes the file or the folder.
     """
-    if beside(path).is_symlink():
-        beside(path).unlink()
+    place = beside(path)
+    remove(place)  # also a link, which would redirect the write
     with naming(path):
-        yield beside(path)
-    beside(path).replace(path)
+        yield place
+    place.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -67,15 +83,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole` for a folder; the remains of a killed process are removed first."""
-    with whole(path) as place:
-        shutil.rmtree(place, ignore_errors=True)
-        yield place
-
-
-def write_whole(path: Path, text: str | Iterable[str]) -> None:
+def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a text, or its parts, as UTF-8, in one step.
 
     Several processes may write the same file: each writes all of it, and the last text remains.
@@ -221,7 +229,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         try:
             refuse_existing(output)
             for left in place.iterdir():  # of a killed process
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                remove(left)
             with naming(output):
                 yield place
             try:

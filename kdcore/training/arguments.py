@@ -1,4 +1,4 @@
-"""A spec's training section as the Trainer takes it: its arguments, and the step decay."""
+"""A spec's training section as the Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, get_type_hints
 
@@ -14,8 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter, ValidationError
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import SGD
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -269,45 +267,6 @@ def _refuse_what_fails_later(arguments: TrainingArguments) -> None:
             "use arguments of training.schedule, or remove lr_scheduler_kwargs",
             "training.trainer.lr_scheduler_kwargs",
         ) from fault
-
-
-@dataclass(frozen=True, slots=True)
-class StepDecay:
-    """Learning rate that falls at milestones, after a linear warm-up.
-
-    Attributes:
-        milestones: Shares of the training after which the learning rate falls.
-        factor: Factor of the learning rate at each of them.
-    """
-
-    milestones: tuple[float, ...]
-    factor: float
-
-    @classmethod
-    def of(cls, spec: TrainingSpec) -> StepDecay | None:
-        """Return a spec's step decay, or None for another schedule."""
-        if spec.schedule != "multi_step":
-            return None
-        return cls(tuple(spec.milestones), spec.milestone_factor)
-
-    def scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
-        """Build the scheduler.
-
-        Args:
-            optimizer: Optimizer with the peak learning rate.
-            warmup: Number of warm-up steps.
-            steps: Number of steps of the training.
-
-        Returns:
-            The scheduler, whose state is plain numbers.
-        """
-
-        def factor(done: int) -> float:
-            passed = sum(done >= round(share * steps) for share in self.milestones)
-            warm = done / warmup if done < warmup else 1.0
-            return warm * self.factor**passed
-
-        return LambdaLR(optimizer, factor)
 
 
 def _refuse_other_type(field: dataclasses.Field[Any], value: Any) -> None:

@@ -13,6 +13,7 @@ from kdcore.components.choice import Choice
 from kdcore.components.construction import ChoiceBuilder, protocols_of
 from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, with_article
+from kdcore.method.gating import refuse_outside
 from kdcore.method.generators import generator_at
 from kdcore.method.logits import Head, HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss
@@ -125,6 +126,7 @@ class DistillationLoss:
         self.last: StepLoss | None = None
         self._step = self._micro_step = 0
         self._figures: dict[str, Tensor] = {}
+        self._outside: dict[str, Tensor] = {}
         self._scores = StepScores(objective.gates)
         self._uncounted = 0
 
@@ -253,6 +255,8 @@ class DistillationLoss:
         self._scores.add(self.last)
         for name, value in self.last.figures.items():
             self._figures[name] = self._figures.get(name, 0.0) + value
+        for label, count in self.last.outside.items():
+            self._outside[label] = self._outside.get(label, 0) + count
         return self.last.losses
 
     def step(self) -> dict[str, float]:
@@ -263,7 +267,8 @@ class DistillationLoss:
             ``term/NAME`` before its weight, ``acceptance/GATE``.
 
         Raises:
-            UserError: When no loss was made since the last call.
+            UserError: When no loss was made since the last call, or a gate gave weights outside
+                its range in this step.
         """
         if not self._figures:
             raise UserError(
@@ -271,19 +276,22 @@ class DistillationLoss:
                 "call the loss for each micro-batch, then step() of the optimizer, and then "
                 "step() of the loss",
             )
-        values = torch.stack(list(self._figures.values()))
+        sums = torch.stack([*self._figures.values(), *self._outside.values()])
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(sums)
+        values = iter(sums.tolist())
         # with num_items each micro-batch gave a share of the step's mean, without it a mean
-        parts = self._uncounted * _processes()
-        figures = dict(zip(self._figures, (values / max(1, parts)).tolist(), strict=True))
+        parts = max(1, self._uncounted * _processes())
+        figures = {name: next(values) / parts for name in self._figures}
+        outside = dict(zip(self._outside, values, strict=True))
+        refuse_outside(outside, self.engine.objective.gates, f"in step {self._step + 1}")
         if self.steps is not None:
             figures["progress"] = self._progress
         self.engine.objective.step_done(figures)
         self._scores.close()
         self._step += 1
         self._micro_step = self._uncounted = 0
-        self._figures = {}
+        self._figures, self._outside = {}, {}
         return figures
 
     def state_dict(self) -> dict[str, Tensor]:

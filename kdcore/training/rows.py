@@ -86,8 +86,8 @@ def read_rows(
     generated, field = None, source_field(name)
     if spec.data.responses.by != "dataset" and name != "auxiliary":
         folder = spec.data.responses.folder or run.path("data")
-        answering = answerer or models[0]
-        answers = ModelAnswers(answering, spec.data.responses, registry, progress.note, field)
+        answering, asking = answerer or models[0], spec.data.responses
+        answers = ModelAnswers(answering, asking, registry, progress.note, field, asking.by)
         ranks = Ranks(processes(spec))
         path = folder / f"{name}.jsonl"
         with in_field(field):

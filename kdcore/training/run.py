@@ -51,7 +51,7 @@ def training_run(
     """
     place = processes(spec)
     main, ranks = place.is_main_process, Ranks(place)
-    run = Run(spec.run, writes=main)
+    run = Run(spec.run, planned=True, writes=main)
 
     def open_run() -> None:
         nonlocal run

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdcore import UserError
 from kdcore.errors import first_line
 from kdcore.models.folder.kept_files import cache_folder
-from kdcore.runs.whole_files import whole_folder
+from kdcore.runs.whole_files import whole
 from kdcore_openvino.fastest_form import fastest
 from kdcore_openvino.graph import converted, openvino, traced
 from kdcore_openvino.signal_stack import signal_stack_kept
@@ -147,7 +147,7 @@ class OpenVinoPass:
                 if trace is None:
                     module = self.source.module()
                     trace, outputs = traced(self.source, module)
-                with whole_folder(folder) as place:
+                with whole(folder) as place:
                     place.mkdir()
                     graph = converted(self.source, trace, outputs)
                     store(graph, self.weights)

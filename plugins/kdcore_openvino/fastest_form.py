@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kdcore.models.device import processor
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 from kdcore_openvino.stored_weights import widen
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def fastest(
     times = {"stored": 0.0}
     if len(forms) > 1:
         times = _times(source, {name: each.create_infer_request() for name, each in forms.items()})
-    write_whole(place, json.dumps(known | {machine: times}, indent=2) + "\n")
+    write_text(place, json.dumps(known | {machine: times}, indent=2) + "\n")
     return forms[min(times, key=lambda name: times[name])]
 
 

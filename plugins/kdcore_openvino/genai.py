@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raise it when the conversion gives another graph for the same target."""
-PRECISIONS = {"float32": "f32", "float16": "f16", "int8": "u8"}
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "u8"}
 """OpenVINO's names of dtypes."""
 CURE = (
     "remove the baseline openvino_genai, or set its model to a folder that optimum-intel exported"
@@ -70,10 +70,12 @@ class GenAi:
     def start(self, settings: DecodingSettings) -> None:
         self.close()
         self.settings = settings
-        lookup, cache = self.params.prompt_lookup, self.params.cache
+        params, lookup = self.params, self.params.prompt_lookup
         running: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads}
-        if cache is not None:
-            running["KV_CACHE_PRECISION"] = PRECISIONS[cache]
+        if params.arithmetic is not None:
+            running["INFERENCE_PRECISION_HINT"] = DTYPES[params.arithmetic]
+        if params.cache is not None:
+            running["KV_CACHE_PRECISION"] = DTYPES[params.cache]
         drafting: dict[str, Any] = {} if lookup is None else {"prompt_lookup": True}
         with explained(str(self._place), CURE), signal_stack_kept():
             if self.draft is not None:

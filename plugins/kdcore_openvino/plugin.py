@@ -34,6 +34,11 @@ class GenAiParams(Params):
     weights: Literal["exact", "float16", "int8"] = Field(
         "exact", description="form of the weights in the converted graph, as in the engine openvino"
     )
+    arithmetic: Literal["float32", "bfloat16"] | None = Field(
+        "float32",
+        description="dtype of the products, float32 as in the engine openvino; null means "
+        "OpenVINO's choice, bfloat16 on a processor that multiplies it",
+    )
     cache: Literal["float32", "float16", "int8"] | None = Field(
         None, description="dtype of keys and values in the cache (default: GenAI's choice, int8)"
     )

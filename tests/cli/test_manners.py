@@ -212,7 +212,7 @@ def test_a_report_that_cannot_be_written(
         raise OSError(number, os.strerror(number))
 
     run = run_folders.distilled(Path("runs/good"))
-    monkeypatch.setattr("kdcore.library.write_whole", full)
+    monkeypatch.setattr("kdcore.library.write_text", full)
     said = kdcore("report", str(run))
     assert said.code == 2 and f"report.html cannot be written: {os.strerror(number)}" in said.err
     assert said.err.endswith(f"fix: {cure}\n")

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
@@ -203,7 +204,26 @@ def test_what_cannot_be_is_refused(spec: dict[str, Any], teacher: Path) -> None:
         kdcore.evaluate(spec)
     with pytest.raises(kdcore.UserError, match=r"^dtype: "):
         kdcore.load_model(teacher, dtype="float8")  # type: ignore[arg-type]
-    assert kdcore.Run("nothing").status == "not begun" and kdcore.Run("nothing").results == {}
+
+
+@pytest.mark.parametrize("opened", [kdcore.Run, kdcore.evaluate, kdcore.report, kdcore.table])
+def test_a_folder_without_a_run_is_told_with_the_runs_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[str], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = {"runs/godd": ("does not exist", "'runs/good'"), "nothing": ("does not exist", "runs/d")}
+    said |= {"runs": ("is not a run folder", "runs/good"), "empty": ("is not a run folder", "")}
+    said |= {"runs/good/model": ("is not a run folder", "e.g. runs/good")}
+    said |= {"torn": ("run.json is damaged", "restore that file")}
+    for folder in ("runs/good/model", "empty", "torn"):
+        Path(folder).mkdir(parents=True)
+    Path("runs/good/run.json").write_text('{"versions": {"kdcore": "0.1.0"}}')
+    Path("torn/run.json").write_text('{"versions": {')
+    Path("torn/spec.yaml").write_text("job: distill")
+    for folder, (cause, cure) in said.items():
+        with pytest.raises(kdcore.UserError, match=f"^{folder}.*{cause}") as wrong:
+            opened(folder)
+        assert cure in wrong.value.cure and "init" not in wrong.value.cure
 
 
 def test_messages_name_the_arguments_of_the_function_that_was_called(spec: dict[str, Any]) -> None:

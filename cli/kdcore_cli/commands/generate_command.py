@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdcore.components import registry
 from kdcore.errors import UserError, counted
 from kdcore.runs import interruption
-from kdcore.runs.whole_files import beside, unwritable, whole
+from kdcore.runs.whole_files import beside
+from kdcore_cli.commands.answers_file import opened, refuse_taken
 from kdcore_cli.commands.decoding_options import (
     Adapter,
     Attention,
@@ -163,7 +164,7 @@ def generate(
     if out is not None:
         if file is None:
             raise UserError("--out requires --file", "add --file JSONL, or remove --out")
-        _refuse_taken(out)
+        refuse_taken(out)
     if file is None and prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
@@ -310,7 +311,7 @@ def _answer_file(
 ) -> None:
     """Answer batches of ``size`` prompts, each ``samples`` times, and write each when it is done.
 
-    Raises Interrupted on Ctrl-C if a file with the first answers remains (see `_opened`).
+    Raises Interrupted on Ctrl-C if a file with the first answers remains (see `opened`).
     """
     from kdcore.data.responses.file import json_lines
     from kdcore_cli.terminal.progress import progress_on
@@ -324,7 +325,7 @@ def _answer_file(
             for number in range(1, samples + 1)
         ]
         size *= samples
-    with _measured(answerer, quiet), _opened(out) as file:
+    with _measured(answerer, quiet), opened(out) as file:
         progress = progress_on(console.err(), quiet)
         start = 0
         try:
@@ -343,44 +344,6 @@ def _answer_file(
                 f"{beside(out)} holds {start} of {len(asked)} answers; to generate all of them, "
                 "delete that file or name another with --out, then rerun the command"
             ) from None
-
-
-def _refuse_taken(out: Path, own: bool = False) -> None:
-    """Raises UserError if a file exists, or its temporary file, unless that is one's own."""
-    if out.exists():
-        raise UserError(f"{out} already exists", "name another file with --out")
-    if not own and beside(out).exists():
-        raise UserError(
-            f"{beside(out)} holds the answers of a command that is running or was interrupted",
-            "wait for that command, delete the file, or name another file with --out",
-        )
-
-
-@contextmanager
-def _opened(out: Path | None) -> Iterator[TextIO]:
-    """Open a temporary file next to ``out``, which is renamed to ``out`` at the end.
-
-    After an error the temporary file remains, unless it is empty.
-    """
-    if out is None:
-        yield sys.stdout
-        return
-    with whole(out) as place:
-        try:
-            file = place.open("x", encoding="utf-8")
-        except FileExistsError:
-            _refuse_taken(out)  # it was created since the first look
-            raise UserError(f"another command was writing {out}", "rerun the command") from None
-        except OSError as fault:
-            raise unwritable(out, fault, "name a file in a writable folder") from None
-        with file:
-            try:
-                _refuse_taken(out, own=True)  # by a command that has just ended
-                yield file
-            except BaseException:
-                if not place.stat().st_size:
-                    place.unlink()
-                raise
 
 
 @contextmanager

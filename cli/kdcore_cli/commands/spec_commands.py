@@ -13,7 +13,7 @@ import typer
 
 from kdcore.components import registry
 from kdcore.errors import UserError
-from kdcore.runs.whole_files import unwritable, write_whole
+from kdcore.runs.whole_files import unwritable, write_text
 from kdcore_cli.options import AsJson, Quiet, Sets, SpecFile, Verbose, as_words
 from kdcore_cli.terminal import console
 from kdcore_cli.terminal.quiet_libraries import quieten
@@ -82,7 +82,7 @@ def _write(file: Path, text: str, beside_it: Sequence[tuple[Path, str]] = ()) ->
     place = Path(os.path.realpath(file))
     try:
         for path, content in (*beside_it, (place, text)):
-            write_whole(path, content)
+            write_text(path, content)
     except OSError as fault:
         raise unwritable(file, fault, "name a file in a writable folder") from None
 
@@ -156,7 +156,7 @@ def check(
         return
     report_of(job)(console.out(), report, asked)
     line = shlex.join(["kdcore", asked.job, str(spec), *as_words(sets)])
-    run = Run(asked.run) if job.run_folder else None
+    run = Run(asked.run, planned=True) if job.run_folder else None
     if run and run.path("run.json").exists() and not run.is_barren():
         console.tell(f"{asked.run} already contains a run: add --resume, --overwrite or --out DIR")
     console.tell(f"ready: {line}")

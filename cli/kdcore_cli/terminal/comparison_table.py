@@ -7,6 +7,7 @@ from rich.text import Text
 
 from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes
 from kdcore.runs.comparison_results import Comparison
+from kdcore_cli.terminal.console import with_options
 from kdcore_cli.terminal.tables import keep_together, table
 
 COLOURS = {"better": "green", "worse": "red", "": ""}
@@ -58,4 +59,4 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
     for note in notes(outcome):
         console.print(note, style="dim")
     for cell, reason in outcome.failures.items():
-        console.print(f"failed: {cell}: {reason}", style="red")
+        console.print(with_options(f"failed: {cell}: {reason}"), style="red")

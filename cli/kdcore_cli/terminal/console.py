@@ -76,12 +76,17 @@ def mistake(cause: str, cure: str) -> None:
         cause: Description of the mistake, or of several, one a line.
         cure: Instruction that fixes it, or several.
     """
-    for argument, option in _OPTION_OF.items():
-        cause, cure = cause.replace(argument, option), cure.replace(argument, option)
-    for line in cause.splitlines():
+    for line in with_options(cause).splitlines():
         say("bold red", "error", line)
-    for line in cure.splitlines():
+    for line in with_options(cure).splitlines():
         say("bold green", "  fix", line)
+
+
+def with_options(text: str) -> str:
+    """Return a message of the core with the options of the command line in it."""
+    for argument, option in _OPTION_OF.items():
+        text = text.replace(argument, option)
+    return text
 
 
 def warn_of_problems(registry: Registry) -> None:

@@ -19,6 +19,7 @@ from rich.table import Column
 
 from kdcore.errors import one_line
 from kdcore.runs.progress import Progress, Silent, Stage
+from kdcore_cli.terminal.console import with_options
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -77,7 +78,7 @@ class Bars:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._bars.console.print(one_line(line))
+        self._bars.console.print(one_line(with_options(line)))
 
 
 class _Bar:
@@ -106,7 +107,7 @@ class Lines:
 
     def note(self, line: str) -> None:
         """See `Progress.note`."""
-        self._console.print(one_line(line), soft_wrap=True)
+        self._console.print(one_line(with_options(line)), soft_wrap=True)
 
 
 class _Counter:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcore.data.alignment.other_tokens import OtherTokens
+from kdcore.data.alignment.second_reading import SecondReading
 from kdcore.data.alignment.spans import AlignedRow, align
 from kdcore.data.alignment.token_bytes import TokenBytes
 from kdcore.data.responses.on_policy import answered, last_response, prompt_of
@@ -32,7 +33,7 @@ _CUT = (
 )
 
 
-class PairedSource:
+class PairedSource(SecondReading):
     """A source whose rows a teacher with another tokenizer reads too.
 
     Args:
@@ -49,19 +50,10 @@ class PairedSource:
     def __init__(
         self, source: DataSource, student: Any, teacher: Any, alignment: Alignment
     ) -> None:
-        self._source, self._teacher, self._alignment = source, teacher, alignment
+        super().__init__(source)
+        self._teacher, self._alignment = teacher, alignment
         self._bytes = TokenBytes(student), TokenBytes(teacher)
         self.found: dict[bytes, AlignedRow] = {}
-
-    def read(self) -> Sequence[Any]:
-        """The examples of the source."""
-        return self._source.read()
-
-    @property
-    def left_out(self) -> Sequence[str]:
-        """The places of the examples that the last `read` left out."""
-        found: Sequence[str] = getattr(self._source, "left_out", ())
-        return found
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Encode an example for the student, and keep the teacher's row of it.

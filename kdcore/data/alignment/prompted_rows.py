@@ -7,12 +7,13 @@ that the student samples stands in the place of the data's last one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from kdcore.data.alignment.second_reading import SecondReading
 from kdcore.data.conversation import Conversation
 from kdcore.data.responses.on_policy import answered, prompt_of
 from kdcore.data.rows import RowDataset, batch_of, collate
@@ -25,7 +26,7 @@ _UNCUT = 2**31
 """A maximum row length that no row has: the student's row decides how much is learned."""
 
 
-class PromptedSource:
+class PromptedSource(SecondReading):
     """A source whose conversations a teacher reads with another last prompt.
 
     Args:
@@ -37,18 +38,9 @@ class PromptedSource:
     """
 
     def __init__(self, source: DataSource, template: str) -> None:
-        self._source, self._template = source, template
+        super().__init__(source)
+        self._template = template
         self.found: dict[bytes, Row] = {}
-
-    def read(self) -> Sequence[Any]:
-        """The examples of the source."""
-        return self._source.read()
-
-    @property
-    def left_out(self) -> Sequence[str]:
-        """The places of the examples that the last `read` left out."""
-        found: Sequence[str] = getattr(self._source, "left_out", ())
-        return found
 
     def encode(self, example: Any, tokenizer: Any, max_length: int) -> Row:
         """Encode an example for the student, and keep the teacher's row of it.

@@ -41,10 +41,14 @@ from kdcore.data.caches.shard_folder import (
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
 from kdcore.data.store import RowIndex, grouped
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.records import Row
+from kdcore.models.facts import dtype_name
+from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import beside, write_whole
+from kdcore.runs.whole_files import beside, write_text
+from kdcore.specs.train_drafter import HiddenStatesSpec
 
 SHARD = 16_384
 """Minimum number of positions in a shard that does not reach `SHARD_BYTES` before, and so the most
@@ -56,7 +60,8 @@ class Origin:
     """The manifest: the origin and the format of stored hidden states.
 
     Attributes:
-        target: Digest of the target's files.
+        target: Digest of the target's files; "" of a target without weights, which is compared
+            with any.
         layers: Indices into the target's hidden_states; their concatenation is the features.
         width: F + H.
         dtype: The dtype of the stored states.
@@ -73,6 +78,23 @@ class Origin:
     def bytes_per_position(self) -> int:
         """The number of bytes on disk per position."""
         return self.width * torch.finfo(getattr(torch, self.dtype)).bits // 8
+
+
+def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
+    """Describe the hidden states that a run stores.
+
+    Args:
+        asked: The spec of the stored hidden states.
+        drafter: The drafter, whose ``layers`` are stored.
+        target: The target model.
+
+    Returns:
+        The target's digest, the layers, the width and the dtypes.
+    """
+    width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
+    return Origin(
+        target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
+    )
 
 
 class HiddenStates:
@@ -202,6 +224,20 @@ def store(
         ranks.total(len(own))  # until all are written
 
 
+def refuse_other_folder(folder: Path, origin: Origin) -> None:
+    """Check, before anything is computed, that a folder does not contain other hidden states.
+
+    Args:
+        folder: The folder, which need not exist.
+        origin: The manifest of the states that are to be stored.
+
+    Raises:
+        UserError: It contains the states of another target, or in another format.
+    """
+    if (manifest := folder / MANIFEST).exists():
+        _refuse_difference(manifest, origin)
+
+
 def refuse_more(positions: int, origin: Origin, limit_gb: float) -> None:
     """Check that the states of some positions stay within the limit.
 
@@ -256,7 +292,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                     "set data.hidden_states.folder to a new or empty folder",
                 )
             else:
-                write_whole(manifest, json.dumps(asdict(origin), indent=2) + "\n")
+                write_text(manifest, json.dumps(asdict(origin), indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(
@@ -276,6 +312,8 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
         # Older manifests lack this field. Most such folders are valid, since the same spec returns
         # to its folder, and a refusal would cost hours of the target's time.
         del asked["computed"]
+    if not origin.target:
+        del asked["target"]
     named = {"computed": "dtype of the target"}
     other = [named.get(name, name) for name in asked if known.get(name) != asked[name]]
     if other:

@@ -39,7 +39,7 @@ from kdcore.models.loading.load import NoTokenizer
 from kdcore.runs.facts import version_of
 from kdcore.runs.progress import Progress
 from kdcore.runs.today import today
-from kdcore.runs.whole_files import whole_folder
+from kdcore.runs.whole_files import whole
 
 CHUNK = 1000
 """Examples that a process encodes at a time, unless their rows are large."""
@@ -95,7 +95,7 @@ def encoded_rows(
         return found, found.summary
     with _held(folder):
         if not (folder / MANIFEST).exists():  # another process may have been faster
-            with whole_folder(folder) as place:
+            with whole(folder) as place:
                 place.mkdir()
                 _write(place, work, workers, progress)
                 if fingerprint(source, tokenizer, max_length, generated) != known:

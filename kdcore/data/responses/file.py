@@ -29,7 +29,7 @@ from kdcore.data.encoded.answered_lines import AnsweredLines, asked_by, json_lin
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.errors import UserError, counted, in_field
 from kdcore.runs.progress import Progress
-from kdcore.runs.whole_files import whole, write_whole
+from kdcore.runs.whole_files import whole, write_text
 
 Numbered: TypeAlias = tuple[int, Sequence[Conversation]]
 """The number of a batch in the plan, and the batch."""
@@ -219,7 +219,7 @@ def _held(path: Path, settings: Mapping[str, Any], progress: Progress) -> Iterat
         lock.acquire()
     try:
         _refuse_other(path, settings)  # another process may have created it meanwhile
-        write_whole(_manifest(path), json.dumps(dict(settings), indent=2) + "\n")
+        write_text(_manifest(path), json.dumps(dict(settings), indent=2) + "\n")
         yield
     finally:
         lock.release()

@@ -41,6 +41,7 @@ class ModelAnswers:
         registry: The registry of the engines (default: what is installed).
         note: A function that shows a line, such as the reason why the default engine is not used.
         field: The field of the conversations in the spec, for mistakes that show in a later turn.
+        by: The field of the model in the spec, for mistakes of its passes.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class ModelAnswers:
         registry: Registry | None = None,
         note: Callable[[str], None] | None = None,
         field: str = "",
+        by: str = "teacher",
     ) -> None:
-        self._field = field
+        self._field, self._by = field, by
         self.name = model.name
         self.why_not = f"they are too long for the context of {model.name}"
         self.settings: Mapping[str, Any] = {"teacher": model.digest} | spec.deciding
@@ -132,7 +134,8 @@ class ModelAnswers:
         generator = torch.Generator(self._model.model.device).manual_seed(seed)
         while pending:
             prompts = [self._prompt(c) for c in pending]
-            generated = generate(prompts, self._model, self._spec, generator, self._engine)
+            with in_field(self._by):
+                generated = generate(prompts, self._model, self._spec, generator, self._engine)
             tokens += sum(map(len, generated))
             own = digest_of(self._model.tokenizer)
             answered = [

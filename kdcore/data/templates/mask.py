@@ -59,7 +59,7 @@ from kdcore.errors import UserError
 from kdcore.method.records import Row
 from kdcore.models.facts import tokenizer_digest
 
-MASK_RULE = 7
+MASK_RULE = 8
 """Version of the rule above; a teacher cache built under another version does not fit."""
 
 
@@ -120,6 +120,8 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
 
 def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
     """The generation prompt of the first missing response or, without one, of the last response.
+
+    The text is read as in `encode` and as a server reads it: what spells a special token is one.
 
     Args:
         conversation: The conversation.
@@ -269,7 +271,9 @@ class _Rendering:
         """The response from a start to its end token, if it is ended, or to the end of its text."""
         end = said
         if close is not None and message.ended:
-            end = _cut(self.text, start, close[1], self.text[slice(*close)], True)
+            token = self.text[slice(*close)]
+            # in a generated response the text of an end token is none: it would have ended it
+            end = close[1] if message.tokens else _cut(self.text, start, close[1], token, True)
         shown = self.text[start : max(said, end)]
         missing = lost(message, shown, self._template)
         if not message.tokens:

@@ -20,11 +20,11 @@ from kdcore.components.registry import Registry, describe
 from kdcore.decoding.drafters.files import (
     drafter_choice,
     load_drafter,
-    refuse_other_numbers,
     save_drafter,
 )
 from kdcore.decoding.drafters.layouts import ExchangedDrafter, ImportedDrafter
-from kdcore.errors import UserError, nearest
+from kdcore.decoding.drafters.stored_weights import take_weights
+from kdcore.errors import UserError, first_line, nearest
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.whole_files import new_folder, refuse_existing
@@ -165,12 +165,10 @@ def _written(
     drafter: Any = Assembly(registry).build(choice)
     drafter.bind(target.model, target.tokenizer)
     try:
-        refuse_other_numbers(found.state, drafter, target)
-        drafter.load_state_dict(found.state)
-    except (RuntimeError, ValueError) as fault:
-        why = " ".join(str(fault).split())
+        take_weights(drafter, found.state, target, choice.dump())
+    except ValueError as fault:
         raise UserError(
-            f"the weights in {folder} do not fit '{name}' for {target.name}: {why}",
+            f"the weights in {folder} do not fit '{name}' for {target.name}: {first_line(fault)}",
             "use the target that the drafter was trained for",
         ) from fault
     for key, weight in drafter.state_dict().items():

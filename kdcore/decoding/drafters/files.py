@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -22,13 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcore.components.choice import Choice
 from kdcore.components.registry import Registry
+from kdcore.decoding.drafters.stored_weights import take_weights
 from kdcore.decoding.protocols import Drafter, TrainedDrafter
 from kdcore.errors import UserError, first_line
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.facts import tokenizer_digest
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.runs.whole_files import whole, write_whole
+from kdcore.runs.whole_files import whole, write_text
 from kdcore.specs.parts.decoding import DraftingSpec
 from kdcore.specs.reading.mistakes import mistakes
 
@@ -36,8 +36,6 @@ FORMAT = 1
 """Version of the folder format."""
 
 CONFIG, WEIGHTS = "config.json", "drafter.safetensors"
-LONGEST = 200
-"""Maximum number of characters of a reason: a state dict may lack every weight."""
 SLACK = 1 << 24
 """Number of elements that binding may allocate beyond twice those of the weights."""
 
@@ -104,7 +102,7 @@ def save_drafter(
     weights = {name: each.detach().contiguous() for name, each in drafter.state_dict().items()}
     with whole(folder / WEIGHTS) as place:
         save_file(weights, place, metadata={"format": "pt"})
-    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def drafter_digest(folder: Path) -> str:
@@ -146,16 +144,16 @@ def load_drafter(
     _bind(folder, config, drafter, target)
     if list(drafter.layers) != config["layers"]:
         raise UserError(
-            f"the drafter in {folder} was trained on the hidden states {config['layers']}, but the "
-            f"installed version reads {list(drafter.layers)}",
-            f"install {config['plugin']}, which it was trained with",
+            f"the drafter in {folder} was trained on the hidden states {config['layers']}, but as "
+            f"{CONFIG} describes it, it reads {list(drafter.layers)}",
+            f"install {config['plugin']}, which it was trained with, or restore the original "
+            f"{CONFIG}",
         )
     try:
         own = load_file(folder / WEIGHTS)
-        refuse_other_numbers(own, drafter, target)
         # tensors on the meta device cannot be copied into
-        drafter.load_state_dict(own, assign=not target.has_weights)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as fault:
+        take_weights(drafter, own, target, config["drafter"], assign=not target.has_weights)
+    except (OSError, SafetensorError, ValueError) as fault:
         raise _no_weights(folder, fault) from fault
     drafter.eval()
     if target.has_weights:
@@ -321,37 +319,16 @@ def _bind(folder: Path, config: dict[str, Any], drafter: Any, target: LoadedMode
             if drafter.depth != saved
             else f"{folder / CONFIG} describes a drafter of {drafter.depth} levels, more than "
             f"{most}, {'its number of weights' if most == stored else 'the context of its target'}",
-            "download the folder again",
+            f"restore the original {CONFIG}, or download the folder again",
         )
     limit = 2 * stored + SLACK
     too_large = UserError(
         f"{folder / CONFIG} describes a drafter of more than {limit} weights, but {WEIGHTS} "
         f"contains {stored}",
-        "download the folder again",
+        f"restore the original {CONFIG}, or download the folder again",
     )
     with _AtMost(limit, too_large):
         drafter.bind(target.model, target.tokenizer)
-
-
-def refuse_other_numbers(
-    own: Mapping[str, torch.Tensor], drafter: Any, target: LoadedModel
-) -> None:
-    """Check weights for mistakes that ``load_state_dict`` does not report.
-
-    Args:
-        own: The stored weights.
-        drafter: The drafter, bound to the target.
-        target: The target.
-
-    Raises:
-        ValueError: A dtype is of another kind, or the vocabulary exceeds that of the target.
-    """
-    for name, made in drafter.state_dict().items():
-        if name in own and own[name].is_floating_point() != made.is_floating_point():
-            raise ValueError(f"{name} has dtype {own[name].dtype}, not {made.dtype}")
-    known = own.get("vocabulary")
-    if known is not None and known.numel() and not 0 <= known.min() <= known.max() < target.classes:
-        raise ValueError(f"its vocabulary exceeds the {target.classes} tokens of {target.name}")
 
 
 class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -372,9 +349,8 @@ class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _no_weights(folder: Path, fault: Exception) -> UserError:
-    details = " ".join(str(fault).splitlines()[1:])
-    why = textwrap.shorten(details or first_line(fault), LONGEST, placeholder=" ...")
     return UserError(
-        f"{folder / WEIGHTS} does not contain this drafter's weights: {why}",
-        "train the drafter again, or download the folder again",
+        f"{folder / WEIGHTS} does not contain this drafter's weights: {first_line(fault)}",
+        f"restore the {CONFIG} and {WEIGHTS} that were saved together, or download the folder "
+        "again",
     )

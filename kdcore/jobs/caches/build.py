@@ -224,7 +224,7 @@ class _Asked:
                 f"teacher behind {endpoint.endpoint}",
                 "remove teacher from the spec: the cache takes its place",
             )
-        run = Run(spec.run)
+        run = Run(spec.run, planned=True)
         resolved = ResolvedDistill.of(
             spec,
             registry,
@@ -356,7 +356,9 @@ class BestOfWorker:
 def _local(asked: _Asked, k: int) -> _Scorer:
     """Return a scorer that runs the local teacher on batches of rows."""
     teacher: Any = asked.first.model
-    asked.first.to(training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run)).device)
+    asked.first.to(
+        training_arguments(asked.resolved.spec, Run(asked.resolved.spec.run, planned=True)).device
+    )
     view, training = ModelView(teacher, asked.classes), asked.resolved.spec.training
     length = chunk_on(teacher.device, training.chunk, asked.classes)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.comparison.cells import Cell
 from kdcore.specs.compare import CompareSpec
+from kdcore.specs.parts.changes import Keys, place_in
 from kdcore.specs.reading.file import placed
 
+VALIDATION: Mapping[Keys, Keys] = {("data", "heldout"): ("validation",)}
+"""Where a trial's held-out rows are set."""
 
-def reason_of(spec: CompareSpec, cell: Cell, wrong: UserError) -> str:
+
+def placed_failure(spec: CompareSpec, cell: Cell, wrong: UserError) -> UserError:
     """Why a cell failed, with the fields of the comparison and, where known, their lines.
 
     Args:
@@ -20,16 +25,13 @@ def reason_of(spec: CompareSpec, cell: Cell, wrong: UserError) -> str:
         wrong: The mistake in its spec, or more than one.
 
     Returns:
-        One line.
+        The mistakes, whose causes begin with their fields.
     """
     arm = cell.arm.partition("+")[0]
-    fields = {"data.heldout": "validation"} if cell.trial else {}
-    told = placed(in_comparison(wrong, spec, arm, cell.point, fields))
-    found = told.found if isinstance(told, Mistakes) else [told]
-    without = [told.placed or not each.field for each in found]
-    return "; ".join(
-        m.cause if bare else f"{m.field}: {m.cause}" for m, bare in zip(found, without, strict=True)
-    )
+    told = in_comparison(wrong, spec, arm, cell.point, VALIDATION if cell.trial else {})
+    if (with_lines := placed(told)).placed:
+        return with_lines
+    return _of_each(told, lambda m: f"{m.field}: {m.cause}" if m.field else m.cause)
 
 
 def in_comparison(
@@ -37,7 +39,7 @@ def in_comparison(
     spec: CompareSpec,
     arm: str,
     point: int,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[Keys, Keys] | None = None,
     called: str = "",
 ) -> UserError:
     """The mistakes of a cell's spec, with the fields of the comparison's.
@@ -47,38 +49,45 @@ def in_comparison(
         spec: The compare spec.
         arm: The name of the cell's arm; "" for none.
         point: The index of its grid point.
-        fields: Other fields of the cell -> field of the comparison with its value.
+        fields: Keys of other fields of the cell -> keys of the comparison's field that sets them.
         called: What the causes begin with, e.g. ``arm 'a'``.
     """
-    changes: dict[str, Any] = {}
-    places = dict(fields or {})
-    if arm:
-        changes = {f"arms.{arm}": spec.arms[arm]}
-        values = spec.points_of(arm)[point]
-        places |= {
-            path: f"grid.{path}.{spec.grid[path].index(value)}" for path, value in values.items()
-        }
+    changes = {f"arms.{arm}": spec.arms[arm]} if arm else {}
+    values = spec.points_of(arm)[point] if arm else {}
+    in_grid = spec.places_of(arm, point) if arm else {}
 
-    def field(of_cell: str) -> str:
-        for path, place in places.items():
-            if _is_part(of_cell, path) or _is_part(path, of_cell):
-                return place + of_cell[len(path) :]
-        where = next((each for each, made in changes.items() if _is_set(made, of_cell)), "base")
-        return f"{where}.{of_cell}"
+    def field(m: UserError) -> str:
+        keys = tuple(m.field.split("."))
+        if found := place_in(keys, {**(fields or {}), **in_grid}):
+            return ".".join(map(str, found))
+        for path, value in values.items():  # that of a model may be of its layers, say
+            if path.startswith(f"{m.field}.") and _quotes(m.cause, value):
+                return ".".join(map(str, in_grid[tuple(path.split("."))]))
+        where = next((each for each, made in changes.items() if _is_set(made, m.field)), "base")
+        return f"{where}.{m.field}"
 
-    told = [
-        UserError(
-            (called and f"{called}: ") + m.cause.removeprefix(f"{m.field}: "),
-            m.cure,
-            m.field and field(m.field),
-        )
-        for m in (wrong.found if isinstance(wrong, Mistakes) else [wrong])
-    ]
-    return told[0] if len(told) == 1 else Mistakes(told)
+    return _of_each(
+        wrong,
+        lambda m: (called and f"{called}: ") + m.cause.removeprefix(f"{m.field}: "),
+        lambda m: m.field and field(m),
+    )
 
 
-def _is_part(field: str, whole: str) -> bool:
-    return f"{field}.".startswith(f"{whole}.")
+def _of_each(
+    wrong: UserError,
+    cause: Callable[[UserError], str],
+    field: Callable[[UserError], str] = lambda m: m.field,
+) -> UserError:
+    """A mistake, or each of several, in other words."""
+    found = wrong.found if isinstance(wrong, Mistakes) else [wrong]
+    told = [UserError(cause(m), m.cure, field(m)) for m in found]
+    further = wrong.further if isinstance(wrong, Mistakes) else 0
+    return told[0] if len(told) == 1 and not further else Mistakes(told, further)
+
+
+def _quotes(cause: str, value: Any) -> bool:
+    """Whether a cause names a value, so that it is of this one and not of what is around it."""
+    return re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", cause) is not None
 
 
 def _is_set(changes: Any, field: str) -> bool:

@@ -10,12 +10,14 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -24,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import Mistakes, UserError
-from kdcore.jobs.comparison.cells import Cell, is_done, logged
+from kdcore.jobs.comparison.cells import Cell, is_done, logged, traceback_file
 from kdcore.jobs.ray_workers import spread
 from kdcore.runs import interruption
 from kdcore.runs.costs import spent
@@ -32,7 +34,7 @@ from kdcore.runs.folder import Run
 from kdcore.runs.inputs import OtherInput
 from kdcore.runs.progress import Silent
 from kdcore.runs.results import CELL_COST
-from kdcore.specs.compare import CellSpec
+from kdcore.specs.comparable import CellSpec
 from kdcore.specs.parts.changes import plain
 
 Message: TypeAlias = str | UserError
@@ -69,7 +71,11 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     finally:
         _end(process)
     if reason is None and process.exitcode:
-        return UserError(f"the process exited with code {process.exitcode}", "")
+        return UserError(
+            f"the process exited with code {process.exitcode}",
+            "lower training.batch_size if the system ended it for its memory, then rerun with "
+            "resume=True",
+        )
     return reason
 
 
@@ -275,17 +281,29 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
         registry = installed()
         job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = is_done(Run(spec.run))  # a killed process may not have written the cost
+        done = is_done(
+            Run(spec.run, planned=True)
+        )  # a killed process may not have written the cost
         run: Run = job.carry_out(
             spec, registry=registry, overwrite=False, resume=True, progress=_Telling(tell)
         )
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except UserError as wrong:
+        _write_traceback(asked)
         known = isinstance(wrong, OtherInput | Mistakes)  # not a plugin's own, with other arguments
         tell(wrong if known else UserError(wrong.cause, wrong.cure, wrong.field))
     except Exception as fault:
-        tell(UserError(describe(fault), ""))
+        _write_traceback(asked)
+        tell(UserError(describe(fault), "report its traceback"))
+
+
+def _write_traceback(asked: dict[str, Any]) -> None:
+    """Keep the traceback of the exception that is being handled, which no other process has."""
+    file = traceback_file(Path(asked["run"]))
+    with suppress(OSError):  # of a full disk, say, which may be the reason of the failure
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(traceback.format_exc(), "utf-8", errors="backslashreplace")
 
 
 def _peak_memory() -> float:

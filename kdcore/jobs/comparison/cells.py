@@ -26,8 +26,9 @@ from kdcore.runs.results import (
     TrainingResults,
     means_over,
 )
-from kdcore.runs.whole_files import write_whole
-from kdcore.specs.compare import CellSpec, CompareSpec
+from kdcore.runs.whole_files import write_text
+from kdcore.specs.comparable import CellSpec
+from kdcore.specs.compare import CompareSpec
 from kdcore.specs.parts.changes import changed, plain
 from kdcore.specs.parts.training import KeptResponsesSpec
 
@@ -63,7 +64,7 @@ class Cell:
     @property
     def run(self) -> Run:
         """The cell's run."""
-        return Run(self.spec.run)
+        return Run(self.spec.run, planned=True)
 
     @property
     def done(self) -> bool:
@@ -71,10 +72,10 @@ class Cell:
         return is_done(self.run) and self.run.path(CELL_COST.name).exists()
 
     @property
-    def failure(self) -> str | None:
+    def failure(self) -> CellFailure | None:
         """The reason for which the cell failed when it ran last; None if it did not fail."""
-        path = self._failure_file
-        return CELL_FAILURE.read(path).cause if path.exists() and not self.done else None
+        path = _beside(self.spec.run, CELL_FAILURE.name)
+        return CELL_FAILURE.read(path) if path.exists() and not self.done else None
 
     @property
     def ended(self) -> bool:
@@ -115,22 +116,33 @@ class Cell:
                 "that folder, then rerun the command, which repeats the cell",
             )
 
-    def record_failure(self, reason: str | None) -> None:
-        """Write or, with None, remove the reason of a failure, which all shares then know."""
-        if reason is None:
-            self._failure_file.unlink(missing_ok=True)
-        else:
-            self._failure_file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._failure_file, CELL_FAILURE.text(CellFailure(reason)))
+    def record_failure(self, failure: CellFailure) -> None:
+        """Write the reason of a failure, which all shares then know."""
+        file = _beside(self.spec.run, CELL_FAILURE.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, CELL_FAILURE.text(failure))
 
-    @property
-    def _failure_file(self) -> Path:
-        folder = self.run.folder  # it has no file before a run is opened in it
-        return folder.with_name(f"{folder.name}.{CELL_FAILURE.name}")
+    def forget_failure(self) -> None:
+        """Remove the reason of a failure and its traceback, before the cell runs again."""
+        for file in (_beside(self.spec.run, CELL_FAILURE.name), traceback_file(self.spec.run)):
+            file.unlink(missing_ok=True)
 
     def results(self) -> TrainingResults:
         """The cell's ``results.json``, or empty results if the cell is not done."""
         return (self.run.read(TRAINING_RESULTS) if self.done else None) or TrainingResults()
+
+
+def traceback_file(run: Path) -> Path:
+    """The file with the traceback of a cell that failed.
+
+    Args:
+        run: The cell's run folder.
+    """
+    return _beside(run, "traceback.txt")
+
+
+def _beside(run: Path, name: str) -> Path:
+    return run.with_name(f"{run.name}.{name}")  # inside is no file before a run is opened there
 
 
 def is_done(run: Run) -> bool:

@@ -8,7 +8,7 @@ first runs at every grid point, on rows and with seeds that are not reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,25 +18,28 @@ from kdcore.components.choice import choices
 from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, in_field, nearest
-from kdcore.jobs.comparison.cell_fields import reason_of
+from kdcore.jobs.comparison.cell_fields import in_comparison, placed_failure
 from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
     cells_by_arm,
     independent_cells,
     metrics_of,
+    traceback_file,
     untried,
 )
 from kdcore.jobs.comparison.outcome import outcome
+from kdcore.jobs.comparison.shared_states import refuse_other_states
 from kdcore.jobs.ray_workers import Cluster, connected
 from kdcore.models.assembly import Assembly
 from kdcore.models.loading.loaded import first_few
 from kdcore.runs.comparison_results import COMPARISON, refuse_unmeasured
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
+from kdcore.runs.results import CellFailure
 from kdcore.runs.today import pinned
 from kdcore.specs.compare import CompareSpec
-from kdcore.specs.parts.changes import changed, has
+from kdcore.specs.parts.changes import changed
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 
@@ -83,6 +86,7 @@ def compare(
     _refuse_uninstalled(spec, registry)
     _refuse_untrainable(spec, registry)
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
+    refuse_other_states(spec, registry)
     with connected(on):
         if share is not None:
             return _share(spec, registry, progress, on, share, overwrite=overwrite)
@@ -174,13 +178,12 @@ def _pass(
             ran = ran or bool(left)
             done = [(cell, None) for cell in part if cell not in left]
             for cell in left:
-                cell.record_failure(None)
+                cell.forget_failure()
             outcomes = run_on_ray(left, run, note) if on else run_here(left, registry, note)
             for cell, wrong in chain(done, outcomes):
                 if wrong and not cell.busy:  # else another process was faster to begin it
-                    reason = reason_of(spec, cell, wrong)
-                    cell.record_failure(reason)
-                    progress.note(f"{cell.name} failed: {reason}")
+                    for line in _failed(spec, cell, wrong):
+                        progress.note(line)
                 if cell.trial:
                     _refuse_unmeasured(spec, cell)
                 if cell.ended:
@@ -188,6 +191,16 @@ def _pass(
                 else:
                     waiting.append(cell.name)
     return _Pass(cells, ran, waiting)
+
+
+def _failed(spec: CompareSpec, cell: Cell, wrong: UserError) -> Iterator[str]:
+    """Record the failure of a cell, and yield the lines that say so."""
+    told = placed_failure(spec, cell, wrong)
+    failure = CellFailure(told.cause, told.cure)
+    cell.record_failure(failure)
+    yield from f"{cell.name} failed: {failure}".splitlines()
+    if (file := traceback_file(cell.spec.run)).exists():
+        yield f"  traceback: {file}"
 
 
 def _is_left(cell: Cell, share: tuple[int, int] | None) -> bool:
@@ -223,17 +236,16 @@ def _refuse_uninstalled(spec: CompareSpec, registry: Registry) -> None:
 
 
 def _refuse_untrainable(spec: CompareSpec, registry: Registry) -> None:
-    """Raises UserError for an arm with a drafter without weights, whose cells would all fail."""
+    """Raises UserError for cells with a drafter without weights, which would all fail."""
     if not isinstance(spec.base, TrainDrafterSpec):
         return
     assembly = Assembly(registry)
-    for arm, changes in spec.arms.items():
-        asked = changed(spec.base, changes, {"registry": registry})
-        try:
-            refuse_untrainable(asked.drafter, assembly)
-        except UserError as wrong:
-            field = f"arms.{arm}.drafter" if has(changes, "drafter") else "base.drafter"
-            raise UserError(f"arm '{arm}': {wrong.cause}", wrong.cure, field) from wrong
+    for arm in spec.arms:
+        for point in range(len(spec.points_of(arm))):
+            try:
+                refuse_untrainable(spec.at_point(arm, point).drafter, assembly)
+            except UserError as wrong:
+                raise in_comparison(wrong, spec, arm, point, called=f"arm '{arm}'") from wrong
 
 
 def _note_grid(spec: CompareSpec, registry: Registry, progress: Progress) -> None:

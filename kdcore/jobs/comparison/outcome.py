@@ -34,7 +34,7 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         UserError: No cell of the baseline succeeded, or cells have read other inputs.
     """
     refuse_mixed(cell.run for cell in cells if cell.done)
-    failures = {cell.name: cell.failure for cell in cells if cell.failure is not None}
+    failures = {cell.name: failure for cell in cells if (failure := cell.failure) is not None}
     baseline = spec.baseline or next(iter(spec.arms))
     done = [cell for cell in cells if cell.done and not cell.trial]
     measured: dict[str, dict[int, Measured]] = {}
@@ -42,12 +42,12 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         measured.setdefault(cell.arm, {})[cell.seed] = _measured(cell)
     theirs = measured.get(baseline)
     if theirs is None:
-        reasons = dict.fromkeys(
-            cell.failure for cell in cells if cell.failure is not None and cell.arm == baseline
-        )
+        lost = [failures[c.name] for c in cells if c.arm == baseline and c.name in failures]
+        causes = dict.fromkeys(line for each in lost for line in each.cause.splitlines())
+        cures = dict.fromkeys(line for each in lost for line in each.cure.splitlines())
         raise UserError(
-            f"every cell of the baseline '{baseline}' failed: {'; '.join(reasons)}",
-            "fix that, then rerun with resume=True",
+            f"every cell of the baseline '{baseline}' failed: {'; '.join(causes)}",
+            f"{'; '.join(cures) or 'fix that'}; then rerun with resume=True",
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)
@@ -57,7 +57,7 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         for name in (arm, *(each for each in controls if each.startswith(f"{arm}+")))
     ]
     rows: list[Arm] = []
-    told, flattered = dict(failures), []
+    told, flattered = {name: str(failure) for name, failure in failures.items()}, []
     for arm in names:
         own = [cell for cell in done if cell.arm == arm]
         if any(cell.results().kept_by_these_rows for cell in own):

@@ -51,7 +51,7 @@ def preflight_bench(spec: BenchSpec, *, registry: Registry | None = None) -> Ben
         UserError: The run could not start.
     """
     registry = registry or installed()
-    Run(spec.run).refuse_foreign()
+    Run(spec.run, planned=True).refuse_foreign()
     refuse_methods(spec, registry)
     device, assembly = chosen_device(spec.device), Assembly(registry)
     assembly.built(spec.baselines, "baselines.{}".format)

@@ -7,8 +7,9 @@ from typing import Any
 
 from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError
-from kdcore.jobs.comparison.cell_fields import in_comparison
+from kdcore.jobs.comparison.cell_fields import VALIDATION, in_comparison
 from kdcore.jobs.comparison.cells import cells_by_arm, shared_files
+from kdcore.jobs.comparison.shared_states import refuse_other_states
 from kdcore.jobs.preflight.report import Report
 from kdcore.runs.comparison_results import refuse_unmeasured
 from kdcore.runs.folder import Run
@@ -31,12 +32,13 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
         UserError: An arm could not start; the message begins with its name.
     """
     registry = registry or installed()
-    Run(spec.run).refuse_foreign()
+    Run(spec.run, planned=True).refuse_foreign()
     refuse_unmeasured("choose_by", spec.choose_by, spec.base.job)
     job = registry.job(spec.base.job)
     reports: dict[str, Any] = {}
     if job.preflight is None:
         return reports
+    refuse_other_states(spec, registry)
     for arm in spec.arms:
         try:
             reports[arm] = job.look_ahead(spec.at_point(arm, 0), registry=registry)
@@ -47,8 +49,7 @@ def preflight_arms(spec: CompareSpec, *, registry: Registry | None = None) -> di
             tried = changed(spec.base, {"data": {"heldout": spec.validation.dump()}})
             job.look_ahead(tried, registry=registry)
         except UserError as wrong:
-            fields = {"data.heldout": "validation"}
-            raise in_comparison(wrong, spec, "", 0, fields, "validation") from wrong
+            raise in_comparison(wrong, spec, "", 0, VALIDATION, "validation") from wrong
     return reports
 
 

@@ -48,7 +48,7 @@ def preflight(spec: DistillSpec, *, registry: Registry | None = None) -> Report:
         Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
-    run = Run(spec.run)
+    run = Run(spec.run, planned=True)
     run.refuse_foreign()
     try:
         return _report(spec, registry, run)

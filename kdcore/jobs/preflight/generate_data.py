@@ -52,7 +52,7 @@ def preflight_generation(
     Raises:
         UserError: The job could not start; the message states the first reason.
     """
-    Run(spec.run).refuse_foreign()
+    Run(spec.run, planned=True).refuse_foreign()
     asked = _conversations(spec, registry or installed())
     count = sum(c.turns for c in asked)
     tokens = count * spec.responses.max_new_tokens

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.caches.hidden_states import refuse_more
-from kdcore.errors import UserError
+from kdcore.data.caches.hidden_states import origin_of, refuse_more, refuse_other_folder
+from kdcore.errors import UserError, in_field
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.distill import chosen, steps_of
 from kdcore.jobs.preflight.drafter_cost import drafter_cost
@@ -29,8 +29,7 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
-from kdcore.jobs.resolution.resolved import ResolvedDrafter
-from kdcore.jobs.train_drafter import origin_of
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loading.loaded import LoadedModel
@@ -53,7 +52,7 @@ def preflight_drafter(spec: TrainDrafterSpec, *, registry: Registry | None = Non
         Mistakes: The run could not start; the message states all reasons.
     """
     registry = registry or installed()
-    run = Run(spec.run)
+    run = Run(spec.run, planned=True)
     run.refuse_foreign()
     try:
         return _report(spec, registry, run)
@@ -145,15 +144,18 @@ class _Drafting:
     def disk(self) -> dict[str, int]:
         """Purpose -> maximum of bytes: a missing response counts with its maximum length.
 
-        Raises UserError when all responses exist and the hidden states would exceed their limit.
+        Raises UserError when the folder of the hidden states has others, or when all responses
+        exist and the states would exceed their limit.
         """
         asked, train = self.spec.data.hidden_states, self.data["train"]
         if asked is None:
             return {}
         origin = origin_of(asked, self.drafter, self.target)
         positions = round(train.rows * train.tokens)
-        if not train.generated:
-            refuse_more(positions, origin, asked.limit_gb)
+        with in_field("data.hidden_states"):
+            refuse_other_folder(asked.folder or Run(self.spec.run).path("hidden_states"), origin)
+            if not train.generated:
+                refuse_more(positions, origin, asked.limit_gb)
         return {"hidden states": positions * origin.bytes_per_position}
 
     def seconds(self, streams: int, terms: int) -> dict[str, float]:

@@ -34,7 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHTS = "model*.safetensors"
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""The config and the weights of a peft adapter."""
 _ADAPTER_CURE = "name a folder that peft saved with save_pretrained, as a run's adapter/"
 _DIGITS = 64
 _LONGEST_NAME = 255  # bytes; a file system raises an error for a longer name
@@ -132,7 +133,7 @@ def _inside(folder: Path, spec: ModelSpec) -> Path:
 
 def _refuse_adapter(folder: Path, spec: ModelSpec) -> None:
     """Raises UserError for a folder with an adapter in place of a model."""
-    if (folder / _ADAPTER[0]).is_file() and not (folder / "config.json").is_file():
+    if (folder / ADAPTER[0]).is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"{spec.model} contains an adapter of peft, and no model",
             f"name the base model, and adapter: {spec.model} beside it (kdcore export BASE "
@@ -154,8 +155,8 @@ def adapter_folder(name: str) -> Path:
     """
     folder = Path(name)
     if not os.path.isdir(folder):
-        folder = _from_hub(ModelSpec.model_validate({"model": name}), True, _ADAPTER)
-    for file in (each for each in _ADAPTER if not (folder / each).is_file()):
+        folder = _from_hub(ModelSpec.model_validate({"model": name}), True, ADAPTER)
+    for file in (each for each in ADAPTER if not (folder / each).is_file()):
         raise UserError(
             f"the adapter {name} does not contain {file}",
             _ADAPTER_CURE,
@@ -166,7 +167,7 @@ def adapter_folder(name: str) -> Path:
 def adapter_digest(folder: Path) -> str:
     """The sha256 of an adapter's config and weights."""
     return hashlib.sha256(
-        "".join(file_digest(folder / file) for file in _ADAPTER).encode()
+        "".join(file_digest(folder / file) for file in ADAPTER).encode()
     ).hexdigest()
 
 

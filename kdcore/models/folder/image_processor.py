@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.image_processing_base import ImageProcessingMixin
 
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 from kdcore.specs.parts.fields import ModelSpec
 
 FILE = "preprocessor_config.json"
@@ -48,7 +48,7 @@ def write_image_processor(folder: Path, fields: Mapping[str, Any]) -> None:
         folder: The folder of the model.
         fields: The fields of the file.
     """
-    write_whole(folder / FILE, json.dumps(dict(fields), indent=2) + "\n")
+    write_text(folder / FILE, json.dumps(dict(fields), indent=2) + "\n")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kdcore.runs.whole_files import PART, whole_folder
+from kdcore.runs.whole_files import PART, whole
 
 try:
     import fcntl
@@ -151,7 +151,7 @@ def made_once(path: Path, write: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(path.name + _LOCK)):
         if not path.exists():
-            with whole_folder(path) as place:
+            with whole(path) as place:
                 write(place)
         if path not in _made:
             _made[path] = hold(path)

@@ -160,6 +160,21 @@ def from_quantised(spec: ModelSpec, read: Any, *, quantised: bool) -> Any:
     return readable(read, spec, _CURE) if quantised else readable(read, spec)
 
 
+def compute_as_asked(model: nn.Module) -> None:
+    """Let 4-bit layers of bitsandbytes compute in the asked dtype, with gradients, on every CPU.
+
+    On a processor that multiplies bfloat16, the first pass without gradients would pack their
+    weights for a kernel that rounds to bfloat16, takes 32 rows at a time, and has no backward:
+    adapters trained after it would get wrong gradients, without an error.
+
+    Args:
+        model: A model as it was loaded.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def in_full(model: Any) -> Any:
     """Replace the quantised linear layers of a model by plain ones, in place.
 

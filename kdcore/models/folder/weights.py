@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from kdcore.errors import UserError
+from kdcore.models.folder.shapes import unlike
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CURE = "copy or download the model again"
@@ -79,10 +80,7 @@ def refuse_unusable_weights(folder: Path, model: Any) -> None:
                 shapes = {name: opened.get_slice(name).get_shape() for name in names}
         except (OSError, SafetensorError) as fault:
             raise UserError(f"{file} is damaged or truncated: {fault}", _CURE) from fault
-        for name, shape in shapes.items():
-            if wanted.get(name, shape) != shape:
-                raise UserError(
-                    f"{file}: the shape of {name} is {shape}, but the model's config makes it "
-                    f"{wanted[name]}",
-                    "use the config.json that belongs to these weights",
-                )
+        if difference := unlike(shapes, wanted, model.config.to_dict()):
+            raise UserError(
+                f"{file}: {difference}", "use the config.json that belongs to these weights"
+            )

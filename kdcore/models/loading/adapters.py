@@ -6,19 +6,26 @@ peft is imported where it is used: with the libraries of quantisation, it takes 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdcore.errors import UserError, first_line
+from kdcore.models.folder.files import ADAPTER
 from kdcore.models.folder.quantization import in_full
+from kdcore.models.folder.shapes import unlike
+from kdcore.models.loading.loaded import first_few
 from kdcore.specs.distill import LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
 
 _MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_OUTER = "base_model.model."
+"""How peft names the model in the weights of an adapter."""
 _READ_DIRECTLY = ["out_proj", "conv1d"]
 """Modules whose weights Mamba's kernels read without calling the module, so no adapter acts."""
 
@@ -80,14 +87,31 @@ def with_saved_adapter(model: Any, folder: Path, spec: ModelSpec) -> Any:
         if getattr(model, "hf_quantizer", None) is not None:
             model.load_adapter(folder)
             return model
-        adapted = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        adapted: Any = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        # it drops what its config does not name; only a second call says what
+        result = adapted.load_adapter(folder, "default", autocast_adapter_dtype=False)
+        if result.unexpected_keys or result.missing_keys:
+            which = "does not make" if result.unexpected_keys else "makes, and it lacks,"
+            names = result.unexpected_keys or result.missing_keys
+            raise ValueError(f"{ADAPTER[0]} {which} {first_few(sorted(names))}")
         return merged(adapted)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        why = _other_shape(model, folder) or first_line(fault)
         raise UserError(
-            f"the adapter {spec.adapter} does not fit {spec.model}: {first_line(fault)}",
+            f"the adapter {spec.adapter} does not fit {spec.model}: {why}",
             "use the model that the adapter was trained on (base_model_name_or_path in its "
             "adapter_config.json)",
         ) from fault
+
+
+def _other_shape(model: Any, folder: Path) -> str | None:
+    """The weight of a saved adapter whose shape differs from what peft has added to a model."""
+    config, weights = (folder / name for name in ADAPTER)
+    with safe_open(weights, framework="pt") as opened:
+        names = opened.keys()
+        stored = {n.removeprefix(_OUTER): opened.get_slice(n).get_shape() for n in names}
+    made = {n.replace(".default", ""): each.shape for n, each in model.state_dict().items()}
+    return unlike(stored, made, json.loads(config.read_text("utf-8")), config.name)
 
 
 def merged(model: Any) -> Any:

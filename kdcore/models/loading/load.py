@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kdcore.errors import UserError
+from kdcore.errors import UserError, in_field
 from kdcore.models.anatomy import layers_of
 from kdcore.models.folder.config import (
     MULTI_LABEL,
@@ -30,6 +30,7 @@ from kdcore.models.folder.files import (
 )
 from kdcore.models.folder.new import new_config, numbered
 from kdcore.models.folder.quantization import (
+    compute_as_asked,
     from_quantised,
     method_of,
     outline_bytes,
@@ -42,7 +43,7 @@ from kdcore.models.loading.adapters import with_adapters, with_saved_adapter
 from kdcore.models.loading.cut import cut_layers
 from kdcore.models.loading.loaded import LoadedModel, first_few
 from kdcore.models.loading.placement import Placement, attention_arguments, dtype_of, refuse_float16
-from kdcore.models.probes import pools_before_padding, refuse_bidirectional
+from kdcore.models.probes import pools_before_padding, refuse_bidirectional, refuse_reluctant
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.fields import ModelSpec
 
@@ -153,7 +154,8 @@ def load_student(
     name, base, model, whole = own.name, own.digest, own.model, None
     if spec.layers is not None:
         whole = len(layers_of(model))
-        model = cut_layers(model, spec.layers)
+        with in_field("student.layers"):
+            model = cut_layers(model, spec.layers)
         name = f"{name}, layers {spec.layers}"
         base = hashlib.sha256(f"{base}{spec.layers}".encode()).hexdigest()
     if classes is not None and not own.labels and own.classes > classes:
@@ -187,7 +189,8 @@ def _refuse_router_loss(config: Any, name: str) -> None:
 def _refuse_lengths(config: Any, name: str) -> None:
     if config.model_type == "reformer":
         raise UserError(
-            f"{name} is a Reformer, which trains only on rows of a multiple of its chunk length",
+            f"{name} is a Reformer, which trains only on rows whose length is a multiple of its "
+            "chunk length",
             "choose a student of another family",
         )
 
@@ -224,21 +227,26 @@ def _load(
         tokenizer = _tokenizer(folder, model, spec)
         return LoadedModel(model, tokenizer, spec.model, "", kind, bytes=size), []
     weight_files(folder)  # refuses an index that leads out of the folder
-    model, report = from_quantised(
-        spec,
-        lambda: kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype_of(spec),
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            **({} if asked is None else {"quantization_config": asked}),
-            **attention_arguments(spec),
-            **place.arguments,
-        ),
-        quantised=quantised,
-    )
+
+    def read() -> Any:
+        try:
+            return kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype_of(spec),
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                **({} if asked is None else {"quantization_config": asked}),
+                **attention_arguments(spec),
+                **place.arguments,
+            )
+        except RuntimeError:  # transformers' own about other shapes does not say which
+            refuse_unusable_weights(folder, _outline(config, kind, spec))
+            raise
+
+    model, report = from_quantised(spec, read, quantised=quantised)
+    compute_as_asked(model)
     tokenizer = _tokenizer(folder, model, spec)
     if adapter is not None:
         model = with_saved_adapter(model, adapter, spec)
@@ -246,10 +254,8 @@ def _load(
     if kind is AutoModelForCausalLM:
         refuse_bidirectional(model, spec.model)
     files, digest = _digests(spec, folder, adapter)
-    loaded = LoadedModel(
-        model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own
-    )
-    return loaded, sorted(report["missing_keys"])
+    made = LoadedModel(model, tokenizer, spec.model, digest, kind, files=files, placed=place.is_own)
+    return made, sorted(report["missing_keys"])
 
 
 def digest_of(spec: ModelSpec) -> str:
@@ -324,9 +330,12 @@ def _outline(config: Any, kind: Any, spec: ModelSpec) -> Any:
     """The model on the meta device."""
     arguments = attention_arguments(spec) | {"trust_remote_code": spec.trust_remote_code}
     with torch.device("meta"):
-        return readable(
+        model = readable(
             lambda: kind.from_config(config, dtype=dtype_of(spec, config), **arguments), spec
         )
+    if kind is AutoModelForCausalLM:
+        refuse_reluctant(model)
+    return model
 
 
 def _tokenizer(folder: Path, model: Any, spec: ModelSpec) -> Any:

@@ -8,7 +8,7 @@ and its gradient are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from kdcore.errors import UserError
 from kdcore.method.known_gradients import known
 from kdcore.method.protocols import Matcher
-from kdcore.method.records import LOG_ZERO
+from kdcore.method.records import LOG_ZERO, of_shape
 
 
 def reads_attention(matcher: Any) -> bool:
@@ -165,7 +165,8 @@ class PassLayers:
             The weighted sum of the distances, with a graph to the body and the matcher's weights.
 
         Raises:
-            UserError: The two models have other numbers of positions.
+            UserError: The two models have other numbers of positions, or the matcher does not
+                return a distance for each.
         """
         if reads_attention(matcher):
             return self._of_maps(matcher, teacher, weights, length)
@@ -173,7 +174,7 @@ class PassLayers:
         theirs = [teacher.states[j].detach().to(weights.device) for _, j in matcher.pairs]
         refuse_other_positions("hidden states", len(ours[0]), len(theirs[0]))
         shares = torch.cat(self.queries.shares(weights))
-        return (shares * matcher(ours, theirs).to(weights.dtype)).sum()
+        return (shares * _distances(matcher, ours, theirs, shares).to(weights.dtype)).sum()
 
     def _of_maps(self, matcher: Any, teacher: PassLayers, weights: Tensor, length: int) -> Tensor:
         """The distance of maps, a chunk of queries at a time: its gradients are known already."""
@@ -196,7 +197,7 @@ class PassLayers:
                     for i, j in matcher.pairs
                 )
                 ours, theirs = zip(*maps, strict=True)
-                loss = (share * matcher(ours, theirs)).sum()
+                loss = (share * _distances(matcher, ours, theirs, share)).sum()
             inputs = [*chain(*leaves.values()), *learned]
             found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
             here = [each[sequence] for each in of_read]
@@ -204,6 +205,14 @@ class PassLayers:
                 whole += part
             total += loss.detach()
         return known(total, [*of_read, *of_learned], [*read, *learned])
+
+
+def _distances(
+    matcher: Matcher, student: Sequence[Tensor], teacher: Sequence[Tensor], like: Tensor
+) -> Tensor:
+    return of_shape(
+        matcher(student, teacher), like, f"the matcher {type(matcher).__name__}", "distances"
+    )
 
 
 def refuse_other_positions(what: str, student: int, teacher: int) -> None:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, TypeAlias, TypeVar
 
 Spec = TypeVar("Spec")
 Point: TypeAlias = dict[str, Any]
 """Dotted path of a field -> its value there."""
+Keys: TypeAlias = tuple[str | int, ...]
+"""The keys and indices on the way to a value of a spec."""
+Places: TypeAlias = dict[Keys, Keys]
+"""A field that changes set -> where the changes say its value."""
+
+
+class NoSuchItem(ValueError):
+    """Changes set an item that a list lacks.
+
+    Attributes:
+        keys: The keys of the item, those of the changes.
+        cause: What is wrong.
+        cure: What to write instead.
+    """
+
+    def __init__(self, keys: Keys, items: int) -> None:
+        self.keys = keys
+        self.cause = f"a list of {items} has no item '{keys[-1]}'"
+        self.cure = "give the index of an item, counted from 0"
+        super().__init__(f"{self.cause}: {self.cure}")
 
 
 def plain(spec: Any) -> dict[str, Any]:
@@ -17,37 +38,32 @@ def plain(spec: Any) -> dict[str, Any]:
     return said
 
 
-def _merged(base: Any, changes: Any) -> Any:
+def _merged(base: Any, changes: Any, at: Keys = ()) -> Any:
     """Plain data with changes laid over it; a component (what has a name) is replaced whole.
 
-    The keys of changes to a list are indices of its items. Raises ValueError for other keys.
+    The keys of changes to a list are indices of its items. Raises NoSuchItem for other keys.
     """
     if isinstance(base, list) and isinstance(changes, dict) and "name" not in changes:
-        return _merged_items(base, changes)
+        return _merged_items(base, changes, at)
     if not (isinstance(base, dict) and isinstance(changes, dict)) or "name" in changes:
         return changes
-    both = base.keys() | changes.keys()
-    return {
-        key: _merged(base.get(key), changes[key]) if key in changes else base[key] for key in both
-    }
+    merged = {key: _merged(base.get(key), each, (*at, key)) for key, each in changes.items()}
+    return base | merged
 
 
-def _merged_items(items: list[Any], changes: dict[Any, Any]) -> list[Any]:
+def _merged_items(items: list[Any], changes: dict[Any, Any], at: Keys) -> list[Any]:
     merged = list(items)
     for key, change in changes.items():
         if str(key) not in map(str, range(len(items))):
-            raise ValueError(
-                f"a list of {len(items)} has no item '{key}': give the index of an item, counted "
-                "from 0"
-            )
-        merged[int(key)] = _merged(merged[int(key)], change)
+            raise NoSuchItem((*at, key), len(items))
+        merged[int(key)] = _merged(merged[int(key)], change, (*at, key))
     return merged
 
 
 def changed(base: Spec, changes: dict[str, Any], context: dict[str, Any] | None = None) -> Spec:
     """A spec with changes laid over it.
 
-    Raises pydantic.ValidationError.
+    Raises pydantic.ValidationError and NoSuchItem.
     """
     model: Any = type(base)
     spec: Spec = model.model_validate(_merged(plain(base), changes), context=context)
@@ -69,6 +85,32 @@ def nested(point: Point) -> dict[str, Any]:
 def points(grid: dict[str, list[Any]]) -> list[Point]:
     """Every combination of a grid's values; of an empty one, the one that changes nothing."""
     return [dict(zip(grid, each, strict=True)) for each in product(*grid.values())]
+
+
+def places_of(grid: dict[str, list[Any]]) -> list[Places]:
+    """Where a grid says the values of each of its `points`: the path and the value's index."""
+    numbered = {path: [*range(len(values))] for path, values in grid.items()}
+    return [
+        {tuple(path.split(".")): (path, index) for path, index in each.items()}
+        for each in points(numbered)
+    ]
+
+
+def place_in(field: Keys, places: Mapping[Keys, Keys]) -> Keys | None:
+    """Where a field stands that changes set, or that is part of what they set.
+
+    Args:
+        field: The keys of the field.
+        places: Where the changes say the values of their fields.
+
+    Returns:
+        The keys of its place; None if the changes set neither.
+    """
+    known = tuple(map(str, field))
+    for whole, place in places.items():
+        if known[: len(whole)] == whole:
+            return (*place, *field[len(whole) :])
+    return None
 
 
 def with_paths(changes: Any, read: Any) -> Any:

@@ -211,6 +211,7 @@ class _Document:
         keys = dotted.split(".")
         if not equals or not all(keys) or len(dotted) > LONGEST_PATH:
             raise UserError(f"{label}: not an assignment", f"write {given_as} training.steps=100")
+        keys = [*map(str, self.place_of(dotted))]  # a key of a grid contains dots
         value, _ = plain_yaml.parse(text, lambda line: label)
         into: Any = self.data
         place: Place = ()

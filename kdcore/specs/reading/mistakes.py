@@ -6,7 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, get_args, get_origin
 
@@ -81,6 +81,7 @@ class _Found:
         model: Innermost model on the way.
         field: Last field on the way.
         around: Validated models on the way, the outermost first, with their places.
+        called: What the mistake begins with.
     """
 
     place: Place
@@ -89,6 +90,7 @@ class _Found:
     field: FieldInfo | None
     error: Mapping[str, Any]
     around: tuple[tuple[Place, type[BaseModel]], ...]
+    called: str = ""
 
 
 def _found(
@@ -103,10 +105,18 @@ def _found(
         if error["type"] == "extra_forbidden":
             path, union = (*path, error["loc"][-1]), None
         if error["type"] == PARAMS_ERROR:
-            yield from _found(error["ctx"]["errors"], error["ctx"]["model"], base + path, around)
+            here, context = base + path, error["ctx"]
+            for each in _found(context["errors"], context["model"], here, around):
+                yield each if context.get("place") is None else _moved(each, here, context)
         else:
             union = None if union is None else base + union
             yield _Found(base + path, union, inner, field, error, around)
+
+
+def _moved(found: _Found, base: Place, context: Mapping[str, Any]) -> _Found:
+    """An error of an inner spec whose fields stand elsewhere: see `parts.inner_errors`."""
+    place = (*base, *context["place"](found.place[len(base) :]))
+    return replace(found, place=place, called=context["called"] + found.called)
 
 
 def _follow(
@@ -178,10 +188,10 @@ def _told(group: Sequence[_Found]) -> Iterator[Mistake]:
         cures = [_cure(found) for found in meant]
         near = [cure for cure in cures if cure.startswith("did you mean")]
         what = f"must be {' or '.join(kinds)}, not {shown(meant[0].error['input'])}"
-        yield Mistake(meant[0].place, what, (near or [_about(meant[0])])[0])
+        yield Mistake(meant[0].place, meant[0].called + what, (near or [_about(meant[0])])[0])
     else:
         for found in meant:
-            yield Mistake(found.place, _what(found), _cure(found))
+            yield Mistake(found.place, found.called + _what(found), _cure(found))
 
 
 def _what(found: _Found) -> str:
@@ -272,6 +282,10 @@ def _about(found: _Found) -> str:
 
 
 def _right_name(word: str, found: _Found) -> str:
+    *outer, last = word.split(".")
+    if outer and word in _paths(found.model):
+        nested = "".join(f"{key}: {{" for key in outer) + f"{last}: ..." + "}" * len(outer)
+        return f"nest it: write {nested}"
     cure = nearest(word, found.model.model_fields)
     bases = [("".join(f"{key}." for key in place), model) for place, model in found.around]
     # the types of a union may have it in common

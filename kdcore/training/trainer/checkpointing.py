@@ -123,6 +123,17 @@ class CheckpointingTrainer(Trainer):
         else:
             super()._load_from_checkpoint(checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights, but not of those that a checkpoint has by another name or file.
+
+        Tied weights are stored once, and those of matchers with the state of the objective.
+        """
+        state = cast(nn.Module, self.model).state_dict()
+        missing: dict[str, Any] = dict.fromkeys(load_result.missing_keys)
+        loaded = {each.data_ptr() for name, each in state.items() if name not in missing}
+        others = [n for n in without_matchers(missing) if state[n].data_ptr() not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=others))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,14 +26,15 @@ from kdcore.data.batching.grouping import set_epoch
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import batch_of, tokens_of
 from kdcore.errors import TrainingDiverged
+from kdcore.method.gating import refuse_outside
 from kdcore.method.generators import generator_at
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
-from kdcore.training.arguments import StepDecay
-from kdcore.training.momentum_optimizer import StreamGradients
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.step_scores import StepScores
+from kdcore.training.stream_gradients import StreamGradients
 from kdcore.training.trainer.auxiliary import Auxiliary, MicroBatch
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.checkpointing import CheckpointingTrainer
@@ -162,7 +163,8 @@ class DistillationTrainer(CheckpointingTrainer):
     ) -> Tensor:
         """Run one forward pass and one backward pass per stream; combine on the last micro-batch.
 
-        Raises TrainingDiverged on a loss that is not finite, before any weight changes.
+        Raises TrainingDiverged on a loss that is not finite, and UserError on gate weights outside
+        their range, before any weight changes.
         """
         began = time.perf_counter()
         model.train()
@@ -191,7 +193,7 @@ class DistillationTrainer(CheckpointingTrainer):
         """Run a batch forward, and backward for each stream. Returns the sum of the losses."""
         batch, place = self._batch(micro.padded), (self._micro_step, self.args.process_index)
         step = self._loss(micro, body, batch, *micro.purpose, *place)
-        self._refuse_nonfinite(step, batch, micro.row_ids)
+        self._refuse_unsound(step, batch, micro)
         # DDP averages over processes, but the loss is already a share of the global sum.
         processes = self.accelerator.num_processes
         losses = {stream: loss * processes for stream, loss in step.losses.items()}
@@ -344,18 +346,21 @@ class DistillationTrainer(CheckpointingTrainer):
         self._scores.close()
         self.step_done(self.state.global_step + 1, figures)
 
-    def _refuse_nonfinite(
-        self, step: StepLoss, batch: Batch, row_ids: Callable[[int], str]
-    ) -> None:
-        if bool(torch.stack(list(step.losses.values())).isfinite().all()):
+    def _refuse_unsound(self, step: StepLoss, batch: Batch, micro: MicroBatch) -> None:
+        """Raise UserError for a loss that is not finite, or gate weights outside their range."""
+        if bool(step.sound):
             return
         terms = ", ".join(f"{name} {float(value):g}" for name, value in step.terms.items())
         wrong = [label for label, share in step.acceptance.items() if not share.isfinite()]
-        terms += "".join(f", weights of gate '{label}' too" for label in wrong)
+        told = "".join(f"; the weights of gate '{label}' are not finite" for label in wrong)
         also = "".join(f" and gate '{label}'" for label in wrong)
-        ids = ", ".join(row_ids(int(i)) for i in batch.index)
+        ids = ", ".join(micro.row_ids(int(i)) for i in batch.index)
+        at = f"at step {self.state.global_step + 1}"
+        if all(loss.isfinite() for loss in step.losses.values()):
+            counts = {label: float(count) for label, count in step.outside.items()}
+            refuse_outside(counts, micro.engine.objective.gates, f"{at}; rows: {ids}")
         raise TrainingDiverged(
-            f"the loss is not finite at step {self.state.global_step + 1} ({terms}); rows: {ids}",
+            f"the loss is not finite {at} ({terms}){told}; rows: {ids}",
             f"check these rows{also}, or lower training.learning_rate; then rerun with "
             "overwrite=True",
         )

@@ -29,7 +29,7 @@ def test_what_cannot_be_done_is_told_in_two_lines(kdcore: Kdcore) -> None:
     Path("runs/other/run.json").write_text('{"name": "of another program"}')
     for arguments, cause, cure in (
         (["runs/other"], "runs/other is not a run folder", "name the folder of a run"),
-        (["runs/goood"], "runs/goood is not a run folder", "'good'"),
+        (["runs/goood"], "runs/goood does not exist", "'runs/good'"),
         ([str(run), "--out", "none/x.html"], "none/x.html cannot be written", "--out"),
         ([str(run), "--out", "runs"], "runs is not a regular file", "--out"),
         ([str(run), "--out", "runs", "--overwrite"], "runs is not a regular file", "--out"),

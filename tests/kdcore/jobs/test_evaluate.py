@@ -101,6 +101,12 @@ def test_a_runs_student_is_measured_as_the_run_did(
     run.path("model", "config.json").unlink()
     with pytest.raises(UserError, match="does not contain a trained student"):
         spec_of(run)
+    run.path("spec.yaml").write_text("job: train-drafter\n")
+    with pytest.raises(UserError, match="is a run of train-drafter, and only a run of distill"):
+        spec_of(run)
+    run.path("spec.yaml").unlink()
+    with pytest.raises(UserError, match=r"spec\.yaml is missing"):
+        spec_of(run)
 
 
 def test_a_copy_of_a_runs_student_is_measured_by_the_command_that_export_prints(

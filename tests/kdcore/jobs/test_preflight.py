@@ -269,8 +269,8 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
     with pytest.raises(Mistakes) as raised:
         report(folder, *sets)
     found = {mistake.field: mistake for mistake in raised.value.found}
-    assert [*found] == ["training.report_to", "data.train", "data.heldout", "student"]
-    assert found["student"].cure.endswith("; or remove layers, which keeps all of them")
+    assert [*found] == ["training.report_to", "data.train", "data.heldout", "student.layers"]
+    assert found["student.layers"].cure.endswith("; or remove layers, which keeps all of them")
     assert found["training.report_to"].cure == "run: pip install swanlab, or remove it"
     assert "messages: thread, role: who, content: says" in found["data.train"].cure
     with pytest.raises(Mistakes) as placed, placing(folder / "spec.yaml", sets):
@@ -279,8 +279,8 @@ def test_all_mistakes_are_told_with_their_fields(folder: Path, tmp_path: Path) -
     file = folder / "spec.yaml"
     assert [line.partition("=")[0] for line in located] == [
         "--set data.heldout",
+        "--set student.layers",
         "--set training.report_to",
-        f"{file}:5: student: layers [9] do not exist: the model has layers 0 to 3",
         f"{file}:7: data.train: thread.jsonl:1 has no prompt; its fields are thread",
     ]
 
@@ -323,7 +323,7 @@ JUDGED = ["data.heldout={name: chat, path: train.jsonl}", "evaluation.answers=[e
         ),
         (
             ["student.layers=[0, 9]"],
-            "student",
+            "student.layers",
             "layers [9] do not exist",
             "use indices from 0 to 3",
         ),

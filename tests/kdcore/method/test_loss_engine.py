@@ -395,7 +395,8 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
         return torch.ones(1, 1)
 
     with pytest.raises(
-        UserError, match=r"gate 'gate0' returned weights of shape \[1, 1\], expected \[1, 12\]"
+        UserError,
+        match=r"gate 'gate0' returned weights of shape \[1, 1\], expected .* \[1, 12\]",
     ):
         run(objective((one_for_all,)), lm_batch(), student, student)
 
@@ -403,7 +404,7 @@ def test_a_gate_that_gives_another_shape_is_named() -> None:
 @pytest.mark.parametrize("given", [None, [1.0] * 12])
 def test_a_gate_that_gives_no_tensor_is_named(given: Any) -> None:
     student = language_model(seed=1)
-    with pytest.raises(UserError, match=r"gate 'gate0' returned \w+, not a tensor of weights"):
+    with pytest.raises(UserError, match=r"gate 'gate0' returned weights of type \w+, expected"):
         run(objective((lambda batch: given,)), lm_batch(), student, student)
 
 
@@ -412,7 +413,22 @@ def test_a_divergence_that_gives_another_shape_is_refused(given: Any) -> None:
     """A mean over the positions, for example, would hide what the gates do."""
     student = language_model(seed=1)
     made = replace(objective(()), divergence=lambda student, teacher: given)
-    with pytest.raises(UserError, match=r"term 'kd' returned .*, expected shape \[1, 12\]"):
+    with pytest.raises(UserError, match=r"term 'kd' returned values of .* of shape \[1, 12\]"):
+        run(made, lm_batch(), student, student)
+
+
+@pytest.mark.parametrize("weight", [1.0, torch.tensor(1.0), torch.ones(1, 1)])
+def test_a_splitter_that_gives_another_shape_of_weights_is_refused(weight: Any) -> None:
+    class Heavier:
+        def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
+            return names
+
+        def __call__(self, parts: Any, batch: LogitBatch) -> dict[str, Part]:
+            return {name: replace(part, weight=weight) for name, part in parts.items()}
+
+    student = language_model(seed=1)
+    made = replace(objective(()), splitters=(Heavier(),))
+    with pytest.raises(UserError, match=r"the splitter of 'kd' returned weights of .* \[1, 12\]"):
         run(made, lm_batch(), student, student)
 
 

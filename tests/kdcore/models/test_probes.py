@@ -24,7 +24,12 @@ from kdcore.errors import UserError
 from kdcore.models.anatomy import decoder_of, head_of
 from kdcore.models.loading.load import load_model, load_student
 from kdcore.models.loading.loaded import LoadedModel
-from kdcore.models.probes import body_and_head_agree, refuse_bidirectional, running
+from kdcore.models.probes import (
+    body_and_head_agree,
+    refuse_bidirectional,
+    refuse_reluctant,
+    running,
+)
 from kdcore.specs.distill import StudentSpec
 from kdcore.specs.parts.changes import points
 from kdcore.specs.parts.fields import ModelSpec
@@ -78,8 +83,12 @@ def test_a_model_that_fails_on_plain_tokens_is_refused_with_its_reason(tmp_path:
         load_model(in_files(config, tmp_path))
 
 
+def another_s_hook(*given: Any) -> None:
+    raise ValueError("a fault of its own")
+
+
 def test_a_pass_tells_what_the_model_s_own_code_raises() -> None:
-    """And not a fault of kdcore's inside of it."""
+    """And neither a wrong call, nor the fault of a hook, kdcore's or another's."""
     config = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 61, "prompt_types": 2}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16}
     model = AutoModelForCausalLM.from_config(CpmAntConfig(**config, **sizes))
@@ -87,6 +96,12 @@ def test_a_pass_tells_what_the_model_s_own_code_raises() -> None:
     said = "the code of CpmAntForCausalLM fails on these rows: index out"
     with pytest.raises(UserError, match=said), running(model):
         model(input_ids=rows)
+    with pytest.raises(TypeError, match="positional arguments"), running(model):
+        model(*[rows] * 20)
+    hooked = model.get_input_embeddings().register_forward_pre_hook(another_s_hook)
+    with pytest.raises(ValueError, match="of its own"), running(model):
+        model(input_ids=rows)
+    hooked.remove()
     model.register_forward_pre_hook(lambda *given: points({"a": None}))  # type: ignore[dict-item]
     with pytest.raises(TypeError), running(model):
         model(input_ids=rows)
@@ -100,7 +115,7 @@ def test_a_reformer_teaches_and_does_not_learn(tmp_path: Path, weights: bool) ->
     causal |= {"axial_pos_embds": False, "hash_seed": 0, "attn_layers": ["local", "lsh"]}
     spec = in_files(ReformerConfig(vocab_size=290, **sizes, **chunks, **causal), tmp_path)
     assert load_model(spec, weights=weights).classes == 290
-    with pytest.raises(UserError, match="is a Reformer, which trains only on rows of a multiple"):
+    with pytest.raises(UserError, match="is a Reformer, which trains only on rows whose length"):
         load_student(StudentSpec(model=spec.model), None, weights=weights)
 
 
@@ -155,3 +170,17 @@ def test_a_head_of_another_scale_or_cap_is_seen_at_every_size(
     assert decoder is not None and head is not None
     assert body_and_head_agree(model, decoder, head)
     assert not body_and_head_agree(model, decoder, lambda: replace(head(), **wrong))
+
+
+def test_a_model_whose_own_code_refuses_tokens_is_refused_without_weights() -> None:
+    """What fails only since the meta device has no values says nothing of the model."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = XmodConfig(**sizes, num_attention_heads=2, is_decoder=True)
+    told = XmodConfig(**sizes, num_attention_heads=2, is_decoder=True, default_language="en_XX")
+    with torch.device("meta"):
+        unsure, sure = (AutoModelForCausalLM.from_config(each) for each in (config, told))
+    with pytest.raises(UserError, match=r"code of XmodForCausalLM fails .*Input language unknown"):
+        refuse_reluctant(unsure)
+    refuse_reluctant(sure)
+    for family in FAMILIES:
+        refuse_reluctant(language_model(family).to("meta"))

@@ -318,12 +318,12 @@ def test_a_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     run_folders.distilled(tmp_path / "good")
-    with pytest.raises(UserError, match="goood is not a run folder") as wrong:
+    with pytest.raises(UserError, match="goood does not exist") as wrong:
         report([tmp_path / "goood"])
-    assert "'good'" in wrong.value.cure
+    assert "good'" in wrong.value.cure
     for content in ('{"versions": ["kdcore"]}', '{"versions": "kdcore"}', "[" * 100_000):
         (tmp_path / "good" / "run.json").write_text(content)
-        with pytest.raises(UserError, match="good is not a run folder"):
+        with pytest.raises(UserError, match=r"good(/run\.json is damaged| is not a run folder)"):
             report([tmp_path / "good"])
 
 

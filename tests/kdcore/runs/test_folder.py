@@ -19,7 +19,7 @@ from kdcore.specs.generate_data import GenerateDataSpec
 
 def cause_of(folder: Path) -> str:
     with pytest.raises(UserError) as refused:
-        Run(folder).refuse_foreign()
+        Run(folder, planned=True).refuse_foreign()
     assert "run=FOLDER" in refused.value.cure
     return refused.value.cause
 
@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_made_or_written(
     )
     (tmp_path / "loop").symlink_to("loop")
     assert cause_of(tmp_path / "loop" / "one").endswith(f"{tmp_path / 'loop'} is not a folder")
-    assert not Run(tmp_path / "runs" / "one").refuse_foreign()
+    assert not Run(tmp_path / "runs" / "one", planned=True).refuse_foreign()
     real = os.access
 
     def read_only(path: Any, mode: int) -> bool:

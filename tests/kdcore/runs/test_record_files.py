@@ -154,7 +154,7 @@ def test_every_file_is_tried_here() -> None:
 
 @pytest.mark.parametrize(("file", "record"), WRITTEN, ids=lambda each: getattr(each, "name", ""))
 def test_what_is_written_is_read(tmp_path: Path, file: RecordFile[Any], record: Any) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, planned=True)
     assert run.read(file) is None
     run.write(file, record)
     assert run.read(file) == record
@@ -166,14 +166,14 @@ def test_what_is_written_is_read(tmp_path: Path, file: RecordFile[Any], record: 
 def test_what_there_is_not_is_left_out(
     tmp_path: Path, file: RecordFile[Any], record: Any, content: Any
 ) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, planned=True)
     run.write(file, record)
     assert json.loads(run.path(file.name).read_text()) == content
     assert run.read(file) == record
 
 
 def test_a_figure_that_is_no_number_is_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, planned=True)
     run.write(TRAINING_RESULTS, TrainingResults(after={"perplexity": math.nan, "tau": math.inf}))
     kept = run.read(TRAINING_RESULTS)
     assert kept is not None and math.isnan(kept.after["perplexity"])
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_refused_by_its_name(
         with pytest.raises(
             UserError, match=f"{file.name} does not have the format that kdcore writes"
         ):
-            Run(tmp_path).read(file)
+            Run(tmp_path, planned=True).read(file)
 
 
 def test_a_file_of_another_version_is_read(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_file_of_another_version_is_read(tmp_path: Path) -> None:
     }
     for name, content in old.items():
         (tmp_path / name).write_text(json.dumps(content))
-    run = Run(tmp_path)
+    run = Run(tmp_path, planned=True)
     assert run.facts == RunFacts(status="done", versions={"kdcore": "0.1"})
     assert run.read(FIRST_MEASUREMENT) == HeldOutResults({"tau": 1.0}, Measured([1]))
     assert run.read(TRAINING_RESULTS) == TrainingResults(after={"tau": 2.0})
@@ -218,7 +218,7 @@ def test_a_file_of_another_version_is_read(tmp_path: Path) -> None:
 
 
 def test_run_json_gathers_facts(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, planned=True)
     run.update(status="running", versions={"kdcore": "1.2.3"})
     run.update(status="done")
     assert run.facts == RunFacts(status="done", versions={"kdcore": "1.2.3"})

@@ -13,7 +13,7 @@ import pytest
 
 from kdcore.errors import UserError
 from kdcore.runs import whole_files
-from kdcore.runs.whole_files import beside, new_folder, refuse_existing, write_whole
+from kdcore.runs.whole_files import beside, new_folder, refuse_existing, whole, write_text
 
 _WAITS = """
 import sys
@@ -28,10 +28,10 @@ with new_folder(Path(sys.argv[1])) as place:
 _REPEATS = """
 import sys
 from pathlib import Path
-from kdcore.runs.whole_files import write_whole
+from kdcore.runs.whole_files import write_text
 print("begun", flush=True)
 while not Path(sys.argv[3]).exists():
-    write_whole(Path(sys.argv[1]), [sys.argv[2] * 1000] * 100)
+    write_text(Path(sys.argv[1]), [sys.argv[2] * 1000] * 100)
 """
 
 
@@ -84,7 +84,7 @@ def test_what_else_bears_the_temporary_name_is_removed(tmp_path: Path) -> None:
     os.mkfifo(beside(tmp_path / "file"))
     with new_folder(tmp_path / "folder") as place:
         (place / "ours").touch()
-    write_whole(tmp_path / "file", "a" * 100_000)  # more than a pipe holds
+    write_text(tmp_path / "file", "a" * 100_000)  # more than a pipe holds
     assert (tmp_path / "file").stat().st_size == 100_000
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -114,7 +114,7 @@ def test_texts_that_two_processes_write_are_never_mixed(tmp_path: Path) -> None:
     with process(_REPEATS, file, "a", enough) as one, process(_REPEATS, file, "b", enough) as other:
         seen: list[str] = []
         while len(seen) < 50 or (set(seen) != {*"abc"} and len(seen) < 10_000):
-            write_whole(file, "c" * 100_000)
+            write_text(file, "c" * 100_000)
             text = file.read_text()
             assert len(text) == 100_000
             assert len(set(text)) == 1, "a mixture"
@@ -130,8 +130,27 @@ def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         yield "half"
         raise OSError(28, "No space left on device")
 
-    write_whole(tmp_path / "out", "before")
+    write_text(tmp_path / "out", "before")
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "out", parts())
+        write_text(tmp_path / "out", parts())
     assert (tmp_path / "out").read_text() == "before"
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("left", ["file", "folder", "link"])
+@pytest.mark.parametrize("made", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_before_the_next_write(
+    tmp_path: Path, left: str, made: str
+) -> None:
+    place, elsewhere = beside(tmp_path / "out"), tmp_path / "elsewhere"
+    elsewhere.write_text("stays")
+    if left == "folder":
+        (place / "inner").mkdir(parents=True)
+    elif left == "file":
+        place.write_text("half")
+    else:
+        place.symlink_to(elsewhere)
+    with whole(tmp_path / "out") as found:
+        assert found == place and not os.path.lexists(place)
+        found.mkdir() if made == "folder" else found.write_text("whole")
+    assert (tmp_path / "out").is_dir() == (made == "folder") and elsewhere.read_text() == "stays"

@@ -60,7 +60,7 @@ def test_the_trainer_is_not_told_what_it_would_refuse(
     tmp_path: Path, training: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError):
-        training_arguments(spec(training=training), Run(tmp_path))
+        training_arguments(spec(training=training), Run(tmp_path, planned=True))
 
 
 @pytest.mark.parametrize(("name", "field"), sorted(SET_BY.items()))
@@ -71,7 +71,7 @@ def test_what_a_field_of_the_spec_sets_names_that_field(
     for part in field.split("."):  # it exists
         place = place.model_fields[part].annotation
     with pytest.raises(UserError) as told:
-        training_arguments(spec(training={"trainer": {name: 1}}), Run(tmp_path))
+        training_arguments(spec(training={"trainer": {name: 1}}), Run(tmp_path, planned=True))
     assert told.value.cause == f"training.trainer.{name} is already set by {field}"
     assert told.value.cure == f"remove it, and set {field}"
 
@@ -89,7 +89,7 @@ def test_what_a_field_of_the_spec_sets_names_that_field(
 def test_what_would_have_no_effect_is_no_setting(tmp_path: Path, name: str) -> None:
     asked = spec(training={"trainer": {name: 1}})
     with pytest.raises(UserError, match=f"training.trainer.{name} would have no effect"):
-        training_arguments(asked, Run(tmp_path))
+        training_arguments(asked, Run(tmp_path, planned=True))
 
 
 @pytest.mark.parametrize(

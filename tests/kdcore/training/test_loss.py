@@ -329,3 +329,24 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         DistillationLoss(classes=12)(student, teacher, labels)
     cut = DistillationLoss(classes=10)(student, teacher[..., :10], labels.clamp(max=9))
     assert cut == DistillationLoss()(student[..., :10], teacher[..., :10], labels.clamp(max=9))
+
+
+def test_gate_weights_outside_the_range_of_their_gate_are_refused_at_the_end_of_the_step() -> None:
+    """The floor of a gate is the least weight; what rounding does is tolerated."""
+
+    class Given:
+        floor = 0.5
+
+        def __init__(self, least: float) -> None:
+            self.least = least
+
+        def __call__(self, batch: Any) -> Tensor:
+            return torch.where(batch.labels == batch.labels[0, 0], self.least, batch.mask.float())
+
+    student, teacher, labels = tensors()
+    right, wrong = (DistillationLoss(gates=[Given(least)]) for least in (0.5 - 1e-3, 0.4))
+    for loss in (right, wrong):
+        loss(student, teacher, labels)
+    assert right.step().keys() >= {"loss"}
+    with pytest.raises(UserError, match=r"'Given' gave \d+ weights? outside \[0.5, 1\] in step 1"):
+        wrong.step()

@@ -62,7 +62,7 @@ def works(folder: Path, wanted: dict[str, Any], teacher: str, sharding: dict[str
     asked |= {"data": data, "training": wanted.get("training", {}) | sharding}
     try:
         spec = DistillSpec.model_validate(asked)
-        Method.build(spec, Assembly(installed()), Run(folder / "run"))
+        Method.build(spec, Assembly(installed()), Run(folder / "run", planned=True))
     except (ValidationError, UserError) as refusal:
         assert "; fix:" not in str(refusal)
         return False
@@ -106,7 +106,11 @@ def test_the_first_fsdp_is_refused(
         asked["training"] = {"trainer": {"fsdp": True, "fsdp_config": {"version": 1}}}
 
     def build() -> None:
-        Method.build(DistillSpec.model_validate(asked), Assembly(installed()), Run(tmp_path / "r"))
+        Method.build(
+            DistillSpec.model_validate(asked),
+            Assembly(installed()),
+            Run(tmp_path / "r", planned=True),
+        )
 
     with pytest.raises(UserError, match="FSDP version 1 is not supported"):
         build()
@@ -128,5 +132,9 @@ def test_deepspeed_is_refused_before_anything_is_loaded(
     else:
         asked["training"] = {"trainer": {"deepspeed": {"zero_optimization": {"stage": 3}}}}
     with pytest.raises(UserError, match="DeepSpeed is not supported") as caught:
-        Method.build(DistillSpec.model_validate(asked), Assembly(installed()), Run(tmp_path / "r"))
+        Method.build(
+            DistillSpec.model_validate(asked),
+            Assembly(installed()),
+            Run(tmp_path / "r", planned=True),
+        )
     assert "training.trainer.fsdp: true" in caught.value.cure

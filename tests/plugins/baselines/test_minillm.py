@@ -215,14 +215,15 @@ def test_a_student_that_equals_its_teacher_learns_nothing() -> None:
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 
-def test_an_advantage_of_the_wrong_shape_is_refused() -> None:
+@pytest.mark.parametrize(("given", "got"), [(None, "type NoneType"), (torch.ones(9), "shape .9.")])
+def test_an_advantage_of_the_wrong_shape_is_refused(given: Any, got: str) -> None:
     student, teacher, labels, mask = responses()
     made = objective_of(
-        {}, [], build("divergence", "reverse_kl"), {}, advantage=lambda tokens: tokens.student[0]
+        {}, [], build("divergence", "reverse_kl"), {}, advantage=lambda tokens: given
     )
     batch = Batch({}, labels, mask, torch.arange(3), sampled=True)
     logits = (HiddenLogits(each[mask], Head(), 7) for each in (student, teacher))
-    with pytest.raises(UserError, match=r"advantage has shape \[9\], expected \[3, 9\]"):
+    with pytest.raises(UserError, match=rf"the advantage returned values of {got}, .* \[3, 9\]"):
         LossEngine(made, {"all": ("kd", "policy")}, 8)(
             *logits, batch, whole=1.0, progress=0.0, generator=torch.Generator()
         )

@@ -318,7 +318,7 @@ def test_a_judge_that_limits_its_rate_is_asked_when_it_says() -> None:
         assert [*WinRate(judge=judge)([answered("mine", "yours")])] == [0.5]
         answers = iter([busy] * 10**6)
         with pytest.raises(UserError, match="received too many requests at once"):
-            [*WinRate(judge=judge | {"timeout": 0.2})([answered("mine", "yours")])]
+            [*WinRate(judge=judge | {"timeout": 1.0})([answered("mine", "yours")])]
 
 
 def test_a_judge_without_a_verdict_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -250,6 +251,26 @@ def test_an_earlier_generated_response_is_learned_where_it_stays_what_it_was() -
     row = encode(Conversation("x", both, tokenizer=digest_of(tokenizer)), tokenizer, 4096)
     assert row.labels[row.mask].tolist() == list(last.tokens)
     assert row.notes == (NOT_AS_GENERATED,)
+
+
+@pytest.mark.parametrize("family", [QWEN3, LLAMA3], ids=lambda family: family.eos)
+def test_what_spells_a_special_token_is_one_in_a_message_and_none_in_a_generated_response(
+    family: Any,
+) -> None:
+    """In a message it is one for training and decoding alike, as for a server."""
+    tokenizer = family.tokenizer()
+    end = tokenizer.convert_tokens_to_ids(family.eos)
+    asked = Conversation("x", (user(f"write {family.eos} twice"),), tokenizer=digest_of(tokenizer))
+    prompt = prompt_ids(asked, tokenizer)
+    spelt = tokenizer(f"a{family.eos}b", add_special_tokens=False, split_special_tokens=True)
+    answer = said(f"a{family.eos}b", tokens=(*spelt["input_ids"], end))
+    last = generated(tokenizer, "done")
+    both = replace(asked, messages=(*asked.messages, answer, user("more"), last))
+    row = encode(both, tokenizer, 4096)
+    ids = [*row.inputs["input_ids"].tolist(), int(row.labels[-1])]
+    assert end in prompt and ids[: len(prompt)] == prompt
+    assert row.labels[row.mask].tolist() == [*answer.tokens, *last.tokens] and not row.notes
+    assert tokenizer.decode(ids).count(f"a{family.eos}b") == 1, "no part of it comes again"
 
 
 def test_tokens_of_another_tokenizer_are_not_learned() -> None:

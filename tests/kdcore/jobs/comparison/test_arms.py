@@ -15,6 +15,7 @@ from kdcore.errors import UserError
 from kdcore.jobs.comparison import compare as comparison
 from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.jobs.comparison.compare import compare
+from kdcore.jobs.comparison.shared_states import refuse_other_states
 from kdcore.reporting.page import report
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Silent
@@ -78,7 +79,7 @@ def test_arms_controls_and_a_cell_that_fails(
     assert page == report([tmp_path / "run"]), "as kdcore report draws it"
     assert "speckd minus speckd+random" in page
     assert "differences from kd" in page
-    assert f"failed: broken, seed 3: {file}:1: arms.broken.student: layers [99]" in page
+    assert f"failed: broken, seed 3: {file}:1: arms.broken.student.layers: layers [99]" in page
 
     before = (tmp_path / "run/cells/kd/seed-3/run.json").read_text()
     assert kdcore("compare", file).returncode == 2
@@ -270,6 +271,62 @@ def test_an_arm_whose_drafter_is_not_trained_is_refused_before_a_cell_is(
         with pytest.raises(UserError, match="arm 'words': drafter 'ngram' is not trainable"):
             job(compare_spec(file))
     assert not (tmp_path / "run").exists()
+    tried = {"drafter": [drafting["drafter"], "ngram"]}
+    rows = base["data"]["heldout"] | {"limit": 2}
+    file = asked(tmp_path, drafting, arms={"kd": {}}, grid=tried, validation=rows)
+    with pytest.raises(UserError, match="arm 'kd': drafter 'ngram' is not trainable") as found:
+        compare(compare_spec(file))
+    assert found.value.field == "grid.drafter.1"
+
+
+MEDUSA, OTHERS = {"name": "medusa", "depth": 2}, {"name": "fasteagle", "depth": 2}
+
+
+def test_arms_that_would_store_other_states_in_one_folder_are_refused_before_a_cell_is_trained(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Other layers, which only the target tells."""
+    shared = {"folder": str(tmp_path / "states")}
+    drafting = {
+        "job": "train-drafter",
+        "target": base["teacher"],
+        "drafter": MEDUSA,
+        "data": base["data"] | {"responses": {"by": "dataset"}, "hidden_states": shared},
+        "training": base["training"] | {"steps": 1},
+    }
+    arms = {"two": {}, "three": {"drafter": {"depth": 3}}, "none": {"drafter": "ngram"}}
+    refuse_other_states(compare_spec(asked(tmp_path, drafting, arms=arms)), installed())
+    del arms["none"]
+    tried = {"grid": {"drafter": [MEDUSA, OTHERS]}}
+    tried["validation"] = base["data"]["heldout"] | {"limit": 2}
+    for fields, both in (
+        ({"arms": arms | {"deep": {"drafter": OTHERS}}}, "arms 'two' and 'deep' store .* layers"),
+        ({"arms": {"two": {}}, **tried}, "two points of arm 'two' store hidden states"),
+    ):
+        spec = compare_spec(asked(tmp_path, drafting, seeds=[0], **fields))
+        for job in (compare, JOBS["compare"].look_ahead):
+            with pytest.raises(UserError, match=both) as found:
+                job(spec)
+            assert found.value.field == "base.data.hidden_states.folder"
+        assert not (tmp_path / "run").exists()
+
+
+def test_arms_share_responses_though_their_teachers_round_differently(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """The first cell generates them, as its teacher does; so all learn from the same tokens."""
+    data = base["data"] | {"responses": {"by": "teacher", "max_new_tokens": 4}}
+    arms = {"full": {}, "half": {"teacher": {"dtype": "bfloat16"}}}
+    short = {"training": base["training"] | {"steps": 1}, "evaluation": {"samples": 0}}
+    file = asked(tmp_path, base | {"data": data} | short, arms=arms, seeds=[0], draws=10)
+    outcome = compare(compare_spec(file)).read_json("comparison.json")
+    assert outcome["failures"] == {} and outcome["arms"][1]["differences"]
+    once = (tmp_path / "run/responses/train.jsonl").read_bytes()
+    cells = [file.read_bytes() for file in (tmp_path / "run").glob("cells/*/*/data/train.jsonl")]
+    assert cells == 2 * [once]
+    names = [tmp_path / f"run/cells/{arm}/seed-0/metrics.jsonl" for arm in arms]
+    full, half = (json.loads(name.read_text().splitlines()[0])["loss"] for name in names)
+    assert full != half, "each learns from its own teacher"
 
 
 def test_a_figure_without_a_better_side_chooses_nothing() -> None:

@@ -91,13 +91,16 @@ def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
     assert told.value.cause == "every cell of the baseline 'kd' failed: mistake of kd"
 
 
-def test_a_long_reason_is_told_whole(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_reason_is_told_whole(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*given: Any, **named: Any) -> Run:
         raise UserError("x" * 2**20, "none")
 
     monkeypatch.setattr("kdcore.jobs.distill.distill", fails)
     receive, send = multiprocessing.Pipe(duplex=False)
-    cell = Thread(target=cell_process.carry_out_cell, args=({"job": "distill"} | base, send.send))
+    asked = {"job": "distill", "run": str(tmp_path / "run"), **base}
+    cell = Thread(target=cell_process.carry_out_cell, args=(asked, send.send))
     cell.start()
     told = receive.recv()
     assert (told.cause, told.cure) == ("x" * 2**20, "none")
@@ -256,8 +259,10 @@ def test_a_cell_that_fails_tells_the_line_that_set_its_field(
     assert f"kd, point 1, seed 1 failed: {file}:14: grid.student.layers.1: " in said
     assert f"other, point 0, seed 1 failed: {file}:8: arms.other.data.train" in said
     assert said.count("failed: ") == 3
+    assert "fix: use indices from 0 to 3" in said
     failures = json.loads((tmp_path / "run/comparison.json").read_text())["failures"]
     assert all(str(file) in reason for reason in failures.values())
+    assert all(reason.count("\n  fix: ") == 1 for reason in failures.values())
 
     wrong = small | {"teacher": {"model": str(tmp_path / "empty")}}
     (tmp_path / "empty").mkdir()
@@ -268,3 +273,44 @@ def test_a_cell_that_fails_tells_the_line_that_set_its_field(
     told = kdcore("compare", file, "--out", tmp_path / "second", "--set", "arms.other={}")
     assert told.returncode == 2
     assert f"'kd' failed: {file}:{line}: base.teacher" in " ".join(told.stderr.split())
+
+
+FAILS = """
+def fail(spec):
+    from kdcore.errors import UserError
+
+    try:
+        {}["the first cause"]
+    except KeyError as fault:
+        if spec.seed == 0:
+            raise UserError("the table is empty", "fill it") from fault
+        raise
+"""
+
+
+def test_a_failed_cell_tells_its_cure_and_keeps_its_traceback(tmp_path: Path, site: Path) -> None:
+    """In the process that compares only the message is known, and nobody sees that of the cell."""
+    begun = "    run = Run.open("
+    fake.install(site, "fit-plugin", source().replace(begun, f"    fail(spec)\n{begun}") + FAILS)
+    file = tmp_path / "compare.yaml"
+    file.write_text(json.dumps(spec_of(tmp_path, arms={"kd": {}})))
+    done = Begun("-c", KDCORE, "compare", file, env={"PYTHONPATH": str(site)}, own_server=True)
+    ended = done.ended()
+    cells = tmp_path / "run/cells/kd"
+    said = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    for seed, cause, cure in (
+        (0, "the table is empty", "fill it"),
+        (1, "KeyError: 'the first cause'", "report its traceback"),
+    ):
+        lines = [f"kd, seed {seed} failed: {cause}", f"  fix: {cure}"]
+        lines.append(f"  traceback: {cells / f'seed-{seed}.traceback.txt'}")
+        at = said.index(lines[0])
+        assert said[at : at + 3] == lines
+        kept = (cells / f"seed-{seed}.traceback.txt").read_text()
+        assert 'File "' in kept and "KeyError: 'the first cause'" in kept, "the first one too"
+    assert said[-2:] == [
+        "error: every cell of the baseline 'kd' failed: the table is empty; "
+        "KeyError: 'the first cause'",
+        "  fix: fill it; report its traceback; then rerun with --resume",
+    ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from kdcore.errors import UserError
-from kdcore.jobs.comparison.cell_fields import in_comparison
+from kdcore.errors import Mistakes, UserError
+from kdcore.jobs.comparison.cell_fields import VALIDATION, in_comparison
 from kdcore.jobs.comparison.cells import cells_by_arm
 from kdcore.specs.compare import CompareSpec
 from kdcore.specs.distill import DistillSpec
@@ -57,9 +58,10 @@ def test_mistakes_in_a_base_and_in_a_grid_are_told_by_their_lines(
     assert "did you mean 'target'" in found.value.cure
     text = f"job: compare\nbase: {json.dumps(base)}\narms: {{kd: {{}}}}\n"
     text += "validation: {name: chat, path: other.jsonl}\n"
-    text += "grid:\n  training.learning_rate: [0.1, -1]\n"
+    text += "grid:\n  training.learning_rate:\n    - 0.1\n    - -1\n"
     (tmp_path / "compare.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"yaml:6: grid\.training\.learning_rate: must be greater"):
+    said = r"yaml:8: grid\.training\.learning_rate\.1: must be greater"
+    with pytest.raises(UserError, match=said):
         read_spec(tmp_path / "compare.yaml")
 
 
@@ -192,7 +194,8 @@ def test_a_parameter_of_a_component_that_the_grid_names(
         for names in (["skew_kl", "forward_kl"], ["forward_kl", "skew_kl"]):
             grid = order | {"method.divergence.name": names}
             file = asked(tmp_path, base, arms={"kd": {}}, grid=grid, validation=OTHER)
-            with pytest.raises(UserError, match="alpha: unknown key"):
+            said = "alpha.0: with method.divergence.name=.forward_kl.: unknown key"
+            with pytest.raises(UserError, match=said):
                 read_spec(file)
 
 
@@ -231,7 +234,7 @@ def test_what_cannot_be_compared_is_refused(
     ("field", "value", "refused"),
     [
         ("data.responses.max_new_tokens", 7, True),
-        ("data.responses.temperature", 1, True),
+        ("data.responses.temperature", 1.0, True),
         ("data.responses.by", "dataset", True),
         ("teacher.revision", "other", True),
         ("data.responses.batch_size", 7, False),
@@ -258,14 +261,125 @@ def test_arms_have_the_same_responses_to_held_out_prompts(
     with pytest.raises(UserError) as found:
         read_spec(file)
     line = head.count("\n") + 1
+    field += ".0" if place == "grid" else ""
     assert found.value.cause.startswith(f"{file}:{line}: {place}.{field}: this also decides")
+    whose = "base" if place == "arms.b" else "arm 'a'"
+    assert (
+        f"({json.dumps(value)}, but " in found.value.cause and f" in {whose})" in found.value.cause
+    )
     assert "kdcore generate-data" in found.value.cure
+
+
+def test_teachers_are_compared_on_rows_that_have_responses(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """As the message says where each would answer itself."""
+    teachers = {"a": {"teacher": {"model": "./a"}}, "b": {"teacher": {"model": "./b"}}}
+    answering = base | {"data": base["data"] | {"responses": {"by": "teacher"}}}
+    with pytest.raises(UserError, match=r"\(\"./a\", but \".*teacher\" in base\)") as found:
+        read_spec(asked(tmp_path, answering, arms=teachers))
+    assert "set base.data.responses.by: dataset, name rows" in found.value.cure
+    assert compare_spec(asked(tmp_path, base, arms=teachers))
+    own = {"a": {"data": {"responses": {"by": "teacher"}}}}
+    with pytest.raises(UserError, match=r"\(\"teacher\", but \"dataset\" in base\)") as found:
+        read_spec(asked(tmp_path, base, arms=own))
+    assert "set base.data.responses.by" not in found.value.cure
+
+
+ARMS = """\
+arms:
+  kd: {}
+  packed: {training: {packing: true}}
+  kept: {training: {keep_best: perplexity}}
+validation: {name: chat, path: other.jsonl}
+grid:
+"""
+
+
+@pytest.mark.parametrize(
+    ("grid", "line", "said"),
+    [
+        ("training.batch_size:\n  - 4\n  - many", 3, "training.batch_size.1: must be an integer"),
+        ("training.betas:\n  - [0.1, 0.2]\n  - [0.1, 2]", 3, "training.betas.1.1: must be less"),
+        (
+            "method.divergence:\n  - forward_kl\n  - {name: skew_kl, alpa: 1}",
+            3,
+            "method.divergence.1.alpa: unknown key",
+        ),
+        (
+            "training.group_by_length:\n  - false\n  - true",
+            3,
+            "training.group_by_length.1: arm 'packed': packing leaves nothing for",
+        ),
+        (
+            "training.eval_every:\n  - 2\n  - null",
+            3,
+            "training.eval_every.1: arm 'kept': training.keep_best reads the evaluations",
+        ),
+        (
+            "training.schedule:\n  - multi_step\n  - cosine\ntraining.milestones: [[0.5], []]",
+            2,
+            "training.schedule.0: with training.milestones=[]: schedule=multi_step and milestones",
+        ),
+        ("method.gates.3.k:\n  - 1", 1, "method.gates.3.k: a list of 1 has no item '3'"),
+        ("method.gatez:\n  - 1", 1, "method.gatez: unknown key"),
+        ("data.heldout.path:\n  - a", 2, "data.heldout.path.0: data.heldout cannot be set here"),
+        ("data:\n  - {heldout: {path: a}}", 2, "data.0: data.heldout cannot be set here"),
+        (
+            "method.tau: [1]\ntraining.packing: [true]",
+            2,
+            "training.packing: arm 'packed' sets training.packing, which the grid sets too",
+        ),
+    ],
+)
+def test_a_mistake_in_a_grid_has_the_line_of_its_value(
+    tmp_path: Path, base: dict[str, Any], grid: str, line: int, said: str
+) -> None:
+    """Also where no value is the field that is wrong; and with what else makes it wrong."""
+    training = base["training"] | {"eval_every": 2}
+    whole = base | {"method": {"gates": ["speckd"]}, "training": training}
+    head = f"job: compare\nbase: {json.dumps(whole)}\n{ARMS}"
+    file = tmp_path / "compare.yaml"
+    file.write_text(head + indent(grid, "  "))
+    with pytest.raises(UserError) as found:
+        read_spec(file)
+    place = head.count("\n") + line
+    assert found.value.cause.startswith(f"{file}:{place}: grid.{said}"), found.value.cause
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ("arms:\n  kd:\n    method: {tau: 1}\n    seed: 1", "4: arms.kd.seed: seed cannot be"),
+        (
+            "arms:\n  kd:\n    method:\n      tau: 1\n      gates:\n        0: all",
+            "6: arms.kd.method.gates.0: a list of 0 has no item",
+        ),
+        (
+            "grid:\n  method:\n    tau: [1]\narms: {kd: {}}",
+            "2: grid.method: must be a list of values, not a mapping",
+        ),
+        ("arms: {kd: {}}\nbaseline: kv", "2: baseline 'kv' does not name an arm"),
+        ("arms: {kd: {}}\nseeds:\n  - 1\n  - 1", "4: seeds.1: seeds contains"),
+        ("arms: {kd: {}}\ntrials: 2", "2: trials has no effect"),
+        ("arms: {kd: {}}\ntrials: 2\ngrid: {method.tau: [1]}", "3: grid: a grid needs rows"),
+        ("seeds: [1]\narms: {}", "2: arms is empty"),
+    ],
+)
+def test_a_mistake_in_a_comparison_has_its_line(
+    tmp_path: Path, base: dict[str, Any], fields: str, place: str
+) -> None:
+    file = tmp_path / "compare.yaml"
+    file.write_text(f"{fields}\njob: compare\nbase: {json.dumps(base)}\n")
+    with pytest.raises(UserError) as found:
+        read_spec(file)
+    assert found.value.cause.startswith(f"{file}:{place}"), found.value.cause
 
 
 def test_a_grid_of_too_many_points_is_refused_before_any_is_made(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcore.specs.compare.points", lambda grid: pytest.fail("made"))
+    monkeypatch.setattr("kdcore.specs.grid.points", lambda grid: pytest.fail("made"))
     values = list(range(100))
     grid = {f"training.{field}": values for field in ("steps", "warmup", "eval_every", "clip")}
     with pytest.raises(ValidationError, match="the grid has 100,000,000 combinations"):
@@ -287,9 +401,40 @@ def test_a_field_of_a_cell_is_that_of_the_comparison(base: dict[str, Any]) -> No
         "student.layers": "arms.a.student.layers",
         "student.model": "base.student.model",
         "data.validation": "base.data.validation",
+        "data": "arms.a.data",  # and not validation, which is but a part of it
+        "method": "base.method",
         "": "",
     }
     for field, place in of_cells.items():
         mistake = UserError(f"{field}: torn" if field else "torn", "cure", field)
-        found = in_comparison(mistake, spec, "a", 1, {"data.heldout": "validation"}, "arm 'a'")
+        found = in_comparison(mistake, spec, "a", 1, VALIDATION, "arm 'a'")
         assert (found.cause, found.field) == ("arm 'a': torn", place)
+
+
+def test_a_mistake_that_quotes_a_value_of_the_grid_is_of_the_value(base: dict[str, Any]) -> None:
+    """One of the whole model or source is not, if it says nothing of it; all are kept."""
+    grid = {"teacher.model": ["./a", "./b"], "teacher.trust_remote_code": [0, False, True, 1]}
+    fields = {"arms": {"a": {}}, "grid": grid, "validation": OTHER}
+    spec = CompareSpec.model_validate({"job": "compare", "base": base} | fields)
+    of_cell = [
+        UserError("'./b' is not a folder", "name one", "teacher"),
+        UserError("it has no tokenizer", "name another", "teacher"),
+        UserError("no code", "review it", "teacher.trust_remote_code"),
+    ]
+    told = in_comparison(Mistakes(of_cell, 5), spec, "a", 5)
+    assert isinstance(told, Mistakes) and told.further == 5
+    assert [each.field for each in told.found] == [
+        "grid.teacher.model.1",
+        "base.teacher",
+        "grid.teacher.trust_remote_code.1",
+    ]
+
+
+def test_an_assignment_reaches_a_value_of_a_grid(tmp_path: Path, base: dict[str, Any]) -> None:
+    """By the field that messages name."""
+    grid = {"grid": {"method.tau": [1, 2]}, "validation": OTHER}
+    file = asked(tmp_path, base, arms={"a": {}}, **grid)
+    read: Any = read_spec(file, ["grid.method.tau.1=4"])
+    assert read.grid == {"method.tau": [1, 4]}
+    with pytest.raises(UserError, match=r"^--set grid.method.tau.1=x: grid.method.tau.1: must be"):
+        read_spec(file, ["grid.method.tau.1=x"])

@@ -95,7 +95,7 @@ def test_shares_at_once_in_one_folder_and_one_of_them_is_killed(
     fields = {"seeds": [0, 1], "arms": {"kd": {}, "two": {"method": {"tau": 2}}}}
     slow = base | {"training": base["training"] | {"steps": 8, "save_every": 2}}
     spec = spec_in(tmp_path / "shared", slow, **fields)
-    file, run = tmp_path / "shared/compare.yaml", Run(spec.run)
+    file, run = tmp_path / "shared/compare.yaml", Run(spec.run, planned=True)
     shares = [Begun("-c", KDCORE, "compare", file, "--share", f"{n}/2") for n in (1, 2)]
     while not [*(run.folder / "cells/kd/seed-0").glob("checkpoint-*")]:
         assert shares[0].process.is_alive()
@@ -142,7 +142,7 @@ def test_responses_that_machines_keep_in_folders_of_their_own_are_compared(
     tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcore.training.rows.digest_of", "the digest of {}".format)
-    runs = [Run(tmp_path / name) for name in ("one", "other")]
+    runs = [Run(tmp_path / name, planned=True) for name in ("one", "other")]
     for run in runs:
         run.folder.mkdir()
         responses = {"by": "teacher", "folder": str(run.folder / "responses")}
@@ -181,7 +181,7 @@ def test_what_a_share_refuses(
         compare(spec, share=(3, 2))
     with pytest.raises(UserError, match=r"distill cannot be divided.*\n.*divided: compare"):
         library.run({"job": "distill", **base, "run": str(tmp_path / "d")}, share=(1, 2))
-    assert not Run(spec.run).folder.exists()
+    assert not Run(spec.run, planned=True).folder.exists()
 
 
 def test_cells_that_other_processes_run_are_left_to_them(
@@ -189,7 +189,7 @@ def test_cells_that_other_processes_run_are_left_to_them(
 ) -> None:
     spec, told = spec_in(tmp_path / "run", base), Told()
     Run.open(spec.run, spec, installed(), shared=True)
-    cell = Run(spec.run / "cells/kd/seed-0")
+    cell = Run(spec.run / "cells/kd/seed-0", planned=True)
     with cell._locked():
         run = compare(spec, share=(1, 1), progress=told)
         assert ran(run) == {"speckd/seed-0"} and "(kd, seed 0)" in told.lines[-1]

@@ -21,8 +21,8 @@ from kdcore.specs.distill import DistillSpec, LoraSpec
 from kdcore.specs.parts.fields import ModelSpec
 from tests.fixtures.json_lines import write_lines
 from tests.kdcore.models.loading.test_adapters import randomised
-from tests.kdcore.models.loading.test_loading import logits
-from tests.tiny.tiny_chat_models import saved, tiny_model
+from tests.kdcore.models.loading.test_loading import IDS, logits
+from tests.tiny.tiny_chat_models import WIDE, saved, tiny_model
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LEVELS = [
@@ -56,8 +56,8 @@ def rounded_model(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("quantised")
-    saved(tiny_model(), home / "teacher")
-    saved(tiny_model(seed=1), home / "student")
+    saved(tiny_model(**WIDE), home / "teacher")
+    saved(tiny_model(seed=1, **WIDE), home / "student")
     rows = [{"prompt": f"the mat {n}?", "response": f"the teacher {n}"} for n in range(4)]
     write_lines(home / "rows.jsonl", rows)
     return home
@@ -85,6 +85,27 @@ def test_a_quantised_model_computes_with_rounded_weights(home: Path) -> None:
     assert loaded.digest != plain.digest == loaded.files
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_adapters_get_their_gradients_on_every_processor(
+    home: Path, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    """Where bfloat16 is multiplied, bitsandbytes packs weights for a kernel without a backward."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
+    loaded = load_model(ModelSpec(model=str(home / "student"), quantization=NF4))
+    plain = AutoModelForCausalLM.from_pretrained(home / "student")
+    for name, weight in plain.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.data = rounded(weight.detach()).float()
+    found = []
+    for model in (loaded.model, plain):
+        logits(model.eval())  # as a measurement before the training
+        torch.manual_seed(0)
+        adapted = randomised(with_adapters(model.requires_grad_(False), LoraSpec(r=2))).train()
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+
+
 def test_its_memory_is_known_without_weights(home: Path) -> None:
     loaded = load_model(ModelSpec(model=str(home / "teacher"), quantization=NF4))
     outline = load_model(ModelSpec(model=str(home / "teacher"), quantization=NF4), weights=False)
@@ -93,7 +114,7 @@ def test_its_memory_is_known_without_weights(home: Path) -> None:
     plain = preflight(spec(home)).memory
     assert found["teacher"] == outline.weight_bytes
     assert plain["student"] - found["student"] == pytest.approx(
-        sum(3.5 * p.numel() for n, p in tiny_model().model.named_parameters() if "proj" in n)
+        sum(3.5 * p.numel() for n, p in tiny_model(**WIDE).model.named_parameters() if "proj" in n)
     )
 
 

@@ -260,7 +260,7 @@ def test_what_is_passed_on_to_the_trainer_is_of_its_type(
     (name,) = given
     spec = spec_of(asked, tmp_path / "run", training={"trainer": given})
     with pytest.raises(UserError) as found:
-        training_arguments(spec, Run(spec.run))
+        training_arguments(spec, Run(spec.run, planned=True))
     assert found.value.cause == f"training.trainer.{name} {said}"
 
 

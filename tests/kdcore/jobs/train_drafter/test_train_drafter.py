@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcore.decoding.drafters.files import load_drafter
-from kdcore.errors import UserError
+from kdcore.errors import Mistakes, UserError
 from kdcore.evaluation.drafts import HeldOutDrafts
 from kdcore.jobs.preflight.train_drafter import preflight_drafter
 from kdcore.jobs.train_drafter import train_drafter
@@ -256,6 +256,17 @@ def test_stored_hidden_states_train_the_same_drafter(tmp_path: Path, target: Pat
         assert torch.allclose(weight.double(), made["float32"][name].double(), atol=1e-4)
         assert torch.allclose(weight.double(), made["bfloat16"][name].double(), atol=3e-2)
     assert run.path("hidden_states", "shard-00000.safetensors").exists()
+    stored = {"folder": str(run.path("hidden_states")), "dtype": "float32"}
+    for dtype, other in (("bfloat16", False), ("float32", True)):
+        data["hidden_states"] = stored | {"dtype": dtype}
+        asked = spec_of(tmp_path, target, data=data, run=tmp_path / "other")
+        if other:
+            with pytest.raises(UserError, match="hidden states with a different dtype") as found:
+                preflight_drafter(asked, registry=REGISTRY)
+            assert isinstance(found.value, Mistakes)
+            assert found.value.found[0].field == "data.hidden_states"
+        else:
+            assert preflight_drafter(asked, registry=REGISTRY).disk
 
 
 def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path) -> None:

@@ -82,7 +82,7 @@ def bad_index(text: str) -> Callable[[Path], None]:
         (absent, "does not contain weights"),
         (truncated, "is damaged or truncated"),
         (no_header, "is damaged or truncated"),
-        (other_shape, "embed_tokens.weight is ["),
+        (other_shape, "embed_tokens.weight has the shape ["),
         (indexed("part.safetensors", "gone.safetensors"), "gone.safetensors does not exist"),
         (indexed("../../secret.safetensors"), "names '../../secret.safetensors', which is not a"),
         (indexed("/etc/passwd"), "names '/etc/passwd', which is not a file of that folder"),
@@ -144,3 +144,26 @@ class _Response:
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
         self.request, self.status_code = None, 503
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "said"),
+    [
+        (
+            "hidden_size",
+            32,
+            r"embed_tokens.weight has the shape \[290, 16\], .* by hidden_size: 32",
+        ),
+        ("intermediate_size", 7, r"\[16, 24\], .*makes it \[16, 7\] by intermediate_size: 7"),
+        ("num_attention_heads", 4, r"o_proj.weight has .*\[16, 16\], .*makes it \[16, 32\]\n"),
+    ],
+)
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_size_that_the_weights_belie_is_named_by_its_field(
+    folder: Path, field: str, size: int, said: str, weights: bool
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: size}))
+    with pytest.raises(UserError, match=said) as wrong:
+        load_model(ModelSpec.model_validate({"model": str(folder)}), weights=weights)
+    assert "config.json that belongs to these weights" in wrong.value.cure

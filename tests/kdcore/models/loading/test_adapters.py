@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig
 
 from kdcore.errors import UserError
-from kdcore.models.loading.adapters import merged, merged_with, with_adapters
+from kdcore.models.loading.adapters import merged, merged_with, with_adapters, with_saved_adapter
 from kdcore.specs.distill import LoraSpec
+from kdcore.specs.parts.fields import ModelSpec
 from tests.kdcore.models.loading.test_loading import logits
 from tests.tiny.tiny_chat_models import tiny_model
 
@@ -77,3 +79,34 @@ def test_targets_that_do_not_fit(targets: list[str], cause: str) -> None:
     with pytest.raises(UserError, match=f"do not fit MambaForCausalLM: .*{cause}") as caught:
         with_adapters(AutoModelForCausalLM.from_config(config), LoraSpec(targets=targets))
     assert "in_proj" in caught.value.cure and "out_proj" not in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"r": 4},
+            r"lora_A.weight has the shape \[2, .*, and adapter_config.json makes it .* r: 4",
+        ),
+        ({"target_modules": ["q_proj"]}, "adapter_config.json does not make .*down_proj.lora_A"),
+        ({"target_modules": ["q_proj", "k_proj", "lm_head"]}, "does not make .*down_proj.lora_A"),
+    ],
+)
+def test_a_saved_adapter_that_its_config_does_not_describe_is_refused(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    """peft drops weights that its config does not name, and trains others anew."""
+    model = tiny_model().model
+    targets = ["q_proj", "down_proj"]
+    with_adapters(model, LoraSpec(r=2, targets=targets)).save_pretrained(tmp_path)
+    spec = ModelSpec.model_validate({"model": "tiny", "adapter": str(tmp_path)})
+    with_saved_adapter(tiny_model().model, tmp_path, spec)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match=f"adapter .* does not fit tiny: .*{said}"):
+        with_saved_adapter(tiny_model().model, tmp_path, spec)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": [*targets, "k_proj"]})
+    )
+    with pytest.raises(UserError, match=r"makes, and it lacks, .*k_proj\.lora_A"):
+        with_saved_adapter(tiny_model().model, tmp_path, spec)

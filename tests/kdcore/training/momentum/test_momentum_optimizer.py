@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from kdcore import DistillationLoss, MomentumOptimizer, UserError
 from kdcore.data.rows import batch_of
 from kdcore.method.loss_engine import LossEngine
-from kdcore.training import momentum_optimizer
+from kdcore.training import stream_gradients
 from kdcore.training.teachers.kinds import LiveTeacher
 from kdcore.training.views import StudentView
 from kdcore_baselines import Shared
@@ -335,10 +335,10 @@ def test_after_zero_grad_a_foreign_gradient_is_forgotten() -> None:
 
 
 def test_buckets_keep_the_order_and_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(momentum_optimizer, "_BUCKET", 10)
+    monkeypatch.setattr(stream_gradients, "_BUCKET", 10)
     sizes = [(4, torch.float32), (6, torch.float32), (1, torch.float32), (1, torch.bfloat16)]
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in [*sizes, (30, torch.bfloat16)]]
-    buckets = list(momentum_optimizer._buckets(tensors))
+    buckets = list(stream_gradients._buckets(tensors))
     assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[4, 6], [1], [1], [30]]
     together = [tensor for bucket in buckets for tensor in bucket]
     assert all(one is other for one, other in zip(together, tensors, strict=True))

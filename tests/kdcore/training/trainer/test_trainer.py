@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,16 @@ from kdcore.components.registry import installed
 from kdcore.data.batching.batches import Batches
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import RowDataset
-from kdcore.errors import TrainingDiverged
+from kdcore.errors import TrainingDiverged, UserError
 from kdcore.method.logits import Head
 from kdcore.method.loss_engine import LossEngine
-from kdcore.method.records import Row
+from kdcore.method.records import LogitBatch, Row
 from kdcore.models.assembly import Assembly
 from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import TrainingSpec
-from kdcore.training.arguments import StepDecay
 from kdcore.training.method import Method, build_objective, on_other_rows
+from kdcore.training.step_decay import StepDecay
 from kdcore.training.teachers.kinds import LiveTeacher, NoTeacher, OfAnyRows
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.probe import Probe
@@ -278,6 +280,25 @@ def test_one_stream_of_the_shared_policy_is_the_plain_optimizer(tmp_path: Path) 
     assert all(torch.equal(v, weights(plain)[k]) for k, v in weights(ours).items())
 
 
+def test_a_resumed_training_warns_of_no_weight_that_is_tied_to_a_stored_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{__name__}.language_model", partial(language_model, "gpt2"))
+    trainer(tmp_path, {}, save_strategy="steps", save_steps=2).train()
+    made = trainer(tmp_path, {})
+    assert made.model.lm_head.weight is made.model.transformer.wte.weight
+    logger = logging.getLogger("transformers.trainer")
+    logger.addHandler(caplog.handler)
+    try:
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert "missing" not in caplog.text and made.state.global_step == 4
+        lost = made.model.load_state_dict({}, strict=False)
+        made._issue_warnings_after_load(lost)
+        assert "missing keys" in caplog.text and "wte.weight" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> None:
     made = trainer(tmp_path, {})
     with torch.no_grad():
@@ -287,10 +308,38 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path: Path) -> N
     assert "learning_rate" in stopped.value.cure
 
 
-def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path, floor: float) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.floor = floor
+
+        def __call__(self, batch: LogitBatch) -> torch.Tensor:
+            return batch.mask / 0.0
+
     made = trainer(tmp_path, {"gates": ["all"]})
     (label,) = made.engine.objective.gates
-    made.engine.objective.gates[label] = lambda batch: batch.mask / 0.0  # type: ignore[index]
-    with pytest.raises(TrainingDiverged, match=f"weights of gate '{label}' too") as stopped:
+    made.engine.objective.gates[label] = Broken()  # type: ignore[index]
+    said = f"; the weights of gate '{label}' are not finite; rows"
+    with pytest.raises(TrainingDiverged, match=said) as stopped:
         made.train()
     assert f"check these rows and gate '{label}'" in stopped.value.cure
+
+
+@pytest.mark.parametrize("weight", [-0.5, 1.5])
+def test_gate_weights_outside_the_range_stop_before_any_weight_changes(
+    tmp_path: Path, weight: float
+) -> None:
+    made = trainer(tmp_path, {"gates": ["all"]})
+    before = weights(made)
+    (label,) = made.engine.objective.gates
+
+    def wrong(batch: Any) -> torch.Tensor:
+        return torch.where(batch.labels == batch.labels[0, 0], weight, batch.mask.float())
+
+    made.engine.objective.gates[label] = wrong  # type: ignore[index]
+    said = rf"gate '{label}' gave \d+ weights? outside \[0, 1\] at step 1; rows: row-\d"
+    with pytest.raises(UserError, match=said) as stopped:
+        made.train()
+    assert "correct the gate" in stopped.value.cure
+    assert all(torch.equal(value, before[name]) for name, value in weights(made).items())

@@ -68,7 +68,7 @@ def preflight(spec: CountSpec, *, registry: Registry) -> dict[str, Any]:
     Raises:
         UserError: The run would fail.
     """
-    Run(spec.run).refuse_foreign()
+    Run(spec.run, planned=True).refuse_foreign()
     _, examples, _ = _found(spec, registry)
     return {"source": spec.source.name, "rows": len(examples), "tokenizer": spec.tokenizer.model}
 
