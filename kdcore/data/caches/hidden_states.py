@@ -75,6 +75,11 @@ class Origin:
         """The number of bytes on disk per position."""
         return self.width * torch.finfo(getattr(torch, self.dtype)).bits // 8
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The attributes as JSON has them."""
+        return asdict(self) | {"layers": list(self.layers)}
+
     def differences(self, known: Mapping[str, Any]) -> list[str]:
         """Compare with a manifest.
 
@@ -86,7 +91,7 @@ class Origin:
         Returns:
             What differs, in words.
         """
-        asked = json.loads(json.dumps(asdict(self)))
+        asked = self.manifest
         compared = {name for name in asked if name != "computed" or name in known}
         compared -= set() if self.target else {"target"}
         named = {"computed": "dtype of the target"}
@@ -288,7 +293,7 @@ def _held(folder: Path, origin: Origin) -> Iterator[None]:
                     "set data.hidden_states.folder to a new or empty folder",
                 )
             else:
-                write_text(manifest, json.dumps(asdict(origin), indent=2) + "\n")
+                write_text(manifest, json.dumps(origin.manifest, indent=2) + "\n")
             yield
     except Timeout:
         raise UserError(

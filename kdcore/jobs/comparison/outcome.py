@@ -49,7 +49,7 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         cures = dict.fromkeys(line for each in lost for line in each.cure.splitlines())
         raise UserError(
             f"every cell of the baseline '{baseline}' failed: {'; '.join(causes)}",
-            "\n".join((*cures, _RERUN)),
+            "; ".join((*cures, _RERUN)),
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)

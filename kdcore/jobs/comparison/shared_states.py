@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -64,7 +64,7 @@ def _refuse_difference(
         except Exception:  # a target or a drafter that fails, which the cell tells
             continue
         whose, known = first = first or (arm, origin)
-        other = origin.differences(asdict(known))
+        other = origin.differences(known.manifest)
         if not other:
             continue
         both = f"two points of arm '{arm}'" if arm == whose else f"arms '{whose}' and '{arm}'"

@@ -302,7 +302,8 @@ def test_arms_that_would_store_other_states_in_one_folder_are_refused_before_a_c
     del arms["none"]
     tried = {"grid": {"drafter": [MEDUSA, OTHERS]}}
     tried["validation"] = base["data"]["heldout"] | {"limit": 2}
-    other, half = {"target": base["student"]}, {"target": {"dtype": "bfloat16"}}
+    other = {"target": {"model": str(saved(tiny_model(seed=3), tmp_path / "other"))}}
+    half = {"target": {"dtype": "bfloat16"}}
     for fields, both in (
         ({"arms": arms | {"deep": {"drafter": OTHERS}}}, "arms 'two' and 'deep' store .* layers"),
         ({"arms": {"two": {}}, **tried}, "two points of arm 'two' store hidden states"),

@@ -89,10 +89,8 @@ def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
     with pytest.raises(UserError) as told:
         compare(compare_spec(file))
     assert told.value.cause == "every cell of the baseline 'kd' failed: mistake of kd"
-    assert told.value.cure.splitlines() == [
-        "none",
-        "rerun with resume=True if the spec is unchanged, else with overwrite=True",
-    ]
+    rerun = "rerun with resume=True if the spec is unchanged, else with overwrite=True"
+    assert told.value.cure == f"none; {rerun}"
 
 
 def test_a_process_that_is_not_the_first_leaves_no_file_beside_a_cell(
@@ -326,10 +324,9 @@ def test_a_failed_cell_tells_its_cure_and_keeps_its_traceback(tmp_path: Path, si
         assert said[at : at + 3] == lines
         kept = (cells / f"seed-{seed}.traceback.txt").read_text()
         assert 'File "' in kept and "KeyError: 'the first cause'" in kept, "the first one too"
-    assert said[-4:] == [
+    assert said[-2:] == [
         "error: every cell of the baseline 'kd' failed: the table is empty; "
         "KeyError: 'the first cause'",
-        "  fix: fill it",
-        "  fix: report its traceback",
-        "  fix: rerun with --resume if the spec is unchanged, else with --overwrite",
+        "  fix: fill it; report its traceback; rerun with --resume if the spec is unchanged, else "
+        "with --overwrite",
     ]
