@@ -377,11 +377,8 @@ def test_a_mistake_in_a_grid_has_the_line_of_its_value(
         ({"method.gates": [[{"name": "speckd", "kk": 1}]]}, "did you mean 'k'?"),
         ({"method.packing": [True]}, "'packing' belongs at grid.training.packing"),
         (
-            {
-                "method.divergence.name": ["skew_reverse_kl", "skew_kl"],
-                "method.divergence.detached": [True],
-            },
-            "use one of: alpha",
+            {"method.divergence.name": ["skew_kl", "jsd"], "method.divergence.alpha": [0.1]},
+            "'alpha' belongs at grid.student.lora.alpha",
         ),
         ({"training.batch_size": [1.5]}, "change it; batch_size: "),
     ],
