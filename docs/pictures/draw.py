@@ -58,6 +58,9 @@ PICTURES = {
         "Mean speed-up over generate: temperature 0, batch size 1, threads 2",
     ),
     "drafters_tau": Picture("smollm2_drafters", "tau of a chain: difference from fasteagle"),
+    "cross_tokenizer_perplexity": Picture(
+        "smollm2_cross_tokenizer", "perplexity: difference from labels"
+    ),
     "clinc150_accuracy": Picture(
         "clinc150_deepkd", "accuracy against the labels: difference from kd"
     ),

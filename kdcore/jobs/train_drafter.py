@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcore.components.registry import Registry, installed
 from kdcore.data.batching.anchors import AnchorCollation
 from kdcore.data.batching.batches import Batches
-from kdcore.data.caches.hidden_states import HiddenStates, origin_of, store
+from kdcore.data.caches.hidden_states import HiddenStates, store
 from kdcore.data.conversation import Conversation
 from kdcore.data.ranks import Ranks
 from kdcore.data.rows import (
@@ -33,7 +33,7 @@ from kdcore.errors import UserError, in_field
 from kdcore.evaluation.drafts import HeldOutDrafts, feature_rms, metrics
 from kdcore.evaluation.replay import REPLAYED, replay
 from kdcore.jobs.model_card import drafter_card
-from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter, origin_of
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Row
 from kdcore.models.device import chunk_on, pins_memory, process_device

@@ -128,7 +128,7 @@ class LossEngine:
         if batch.sampled and (self.objective.advantage or batch.teacher_share):
             positions = self._sampled(positions, weights)
         scores: dict[str, Tensor] = {}
-        if self.objective.looks_ahead:
+        if gates and self.objective.looks_ahead:
             softening, scores = gate_all(gates, positions, self.chunk, weights, generators)
             # no gate reads the reference again
             positions = replace(positions, reference=None, softening=softening)

@@ -86,9 +86,15 @@ class Objective:
         return ranked or self.normalize == "accepted"
 
     @property
+    def compares(self) -> bool:
+        """Whether a term compares the distributions of student and teacher."""
+        return not self.weights.keys() <= {*_NO_PARTS, *self.matchers}
+
+    @property
     def reads_spans(self) -> bool:
         """Whether a splitter reads the spans of a teacher with another tokenizer."""
-        return any(getattr(splitter, "reads_spans", False) for splitter in self.splitters)
+        spans = (getattr(splitter, "reads_spans", False) for splitter in self.splitters)
+        return self.compares and any(spans)
 
     @property
     def reference(self) -> str | None:
@@ -178,9 +184,11 @@ class Objective:
             tau = tau * batch.softening
         divided_by = tau[..., None] if isinstance(tau, Tensor) else tau
         divergence = (self.sampled_divergence if batch.sampled else None) or self.divergence
-        parts = {"kd": Part(batch.student / divided_by, batch.teacher / divided_by, gate)}
-        for splitter in self.splitters:
-            parts = splitter(parts, batch)
+        parts: dict[str, Part] = {}
+        if self.compares:
+            parts = {"kd": Part(batch.student / divided_by, batch.teacher / divided_by, gate)}
+            for splitter in self.splitters:
+                parts = splitter(parts, batch)
         terms = {}
         for name, part in parts.items():
             if name in self.weights:

@@ -41,14 +41,10 @@ from kdcore.data.caches.shard_folder import (
 from kdcore.data.ranks import ALONE, Ranks
 from kdcore.data.rows import lengths_of, row_keys
 from kdcore.data.store import RowIndex, grouped
-from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.records import Row
-from kdcore.models.facts import dtype_name
-from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.progress import Progress
 from kdcore.runs.whole_files import beside, write_text
-from kdcore.specs.train_drafter import HiddenStatesSpec
 
 SHARD = 16_384
 """Minimum number of positions in a shard that does not reach `SHARD_BYTES` before, and so the most
@@ -79,22 +75,22 @@ class Origin:
         """The number of bytes on disk per position."""
         return self.width * torch.finfo(getattr(torch, self.dtype)).bits // 8
 
+    def differences(self, known: Mapping[str, Any]) -> list[str]:
+        """Compare with a manifest.
 
-def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
-    """Describe the hidden states that a run stores.
+        Args:
+            known: The manifest, read from JSON. Older ones lack ``computed``: most such folders are
+                valid, since the same spec returns to its folder, and a refusal would cost hours of
+                the target's time.
 
-    Args:
-        asked: The spec of the stored hidden states.
-        drafter: The drafter, whose ``layers`` are stored.
-        target: The target model.
-
-    Returns:
-        The target's digest, the layers, the width and the dtypes.
-    """
-    width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
-    return Origin(
-        target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
-    )
+        Returns:
+            What differs, in words.
+        """
+        asked = json.loads(json.dumps(asdict(self)))
+        compared = {name for name in asked if name != "computed" or name in known}
+        compared -= set() if self.target else {"target"}
+        named = {"computed": "dtype of the target"}
+        return [named.get(n, n) for n in asked if n in compared and known.get(n) != asked[n]]
 
 
 class HiddenStates:
@@ -306,16 +302,7 @@ def _refuse_difference(manifest: Path, origin: Origin) -> None:
         found = json.loads(manifest.read_text("utf-8"))
     except ValueError:
         found = None
-    known = found if isinstance(found, dict) else {}
-    asked = json.loads(json.dumps(asdict(origin)))
-    if "computed" not in known:
-        # Older manifests lack this field. Most such folders are valid, since the same spec returns
-        # to its folder, and a refusal would cost hours of the target's time.
-        del asked["computed"]
-    if not origin.target:
-        del asked["target"]
-    named = {"computed": "dtype of the target"}
-    other = [named.get(name, name) for name in asked if known.get(name) != asked[name]]
+    other = origin.differences(found if isinstance(found, dict) else {})
     if other:
         raise UserError(
             f"{manifest.parent} contains hidden states with a different {' and '.join(other)}",

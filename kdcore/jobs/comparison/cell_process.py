@@ -13,11 +13,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -26,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from kdcore.components.choice import choices
 from kdcore.components.registry import Registry, describe, installed
 from kdcore.errors import Mistakes, UserError
-from kdcore.jobs.comparison.cells import Cell, is_done, logged, traceback_file
+from kdcore.jobs.comparison.cells import Cell, is_done, logged
 from kdcore.jobs.ray_workers import spread
 from kdcore.runs import interruption
 from kdcore.runs.costs import spent
@@ -37,14 +36,28 @@ from kdcore.runs.results import CELL_COST
 from kdcore.specs.comparable import CellSpec
 from kdcore.specs.parts.changes import plain
 
-Message: TypeAlias = str | UserError
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why a cell failed.
+
+    Attributes:
+        error: The mistake.
+        traceback: Where its process raised it; empty if the process was ended.
+    """
+
+    error: UserError
+    traceback: str = ""
+
+
+Message: TypeAlias = str | Failed
 """What a cell tells: a note, or why it failed."""
 
 PATIENCE = 60.0
 """Seconds that a terminated cell has to close its run before it is killed."""
 
 
-def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> UserError | None:
+def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) -> Failed | None:
     """Run a cell's spec in a process of its own; on an interrupt, end that process first.
 
     Args:
@@ -71,15 +84,16 @@ def run_cell(spec: CellSpec, registry: Registry, note: Callable[[str], None]) ->
     finally:
         _end(process)
     if reason is None and process.exitcode:
-        return UserError(
+        wrong = UserError(
             f"the process exited with code {process.exitcode}",
-            "lower training.batch_size if the system ended it for its memory, then rerun with "
-            "resume=True",
+            "rerun with resume=True; if the system ended it for its memory, lower training.chunk "
+            "before that",
         )
+        return Failed(wrong)
     return reason
 
 
-Outcomes: TypeAlias = Iterator[tuple[Cell, UserError | None]]
+Outcomes: TypeAlias = Iterator[tuple[Cell, Failed | None]]
 """A cell that ended, and the reason of its failure, or None when it succeeded."""
 
 
@@ -125,7 +139,7 @@ def run_on_ray(cells: Sequence[Cell], run: Run, note: Callable[[Cell, str], None
     seen = run.path("spec.yaml")
     for place, told in spread(told_by_cell, shares, fresh=True, seen=seen, died=died):
         cell = cells[place]
-        messages = [told] if isinstance(told, UserError) else told
+        messages = [Failed(told)] if isinstance(told, UserError) else told
         yield cell, _reason(messages, partial(note, cell))
 
 
@@ -143,16 +157,16 @@ def told_by_cell(asked: dict[str, Any]) -> list[Message]:
     return told
 
 
-def _reason(told: Iterable[Message], note: Callable[[str], None]) -> UserError | None:
+def _reason(told: Iterable[Message], note: Callable[[str], None]) -> Failed | None:
     """The reason of a cell's failure, or None. Raises OtherInput."""
-    reason: UserError | None = None
+    reason: Failed | None = None
     for message in told:
-        if isinstance(message, OtherInput):
-            raise message
-        if isinstance(message, UserError):
-            reason = message
-        else:
+        if isinstance(message, str):
             note(message)
+        elif isinstance(message.error, OtherInput):
+            raise message.error
+        else:
+            reason = message
     return reason
 
 
@@ -290,20 +304,11 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
         cost = spent(logged(run.folder))
         run.write(CELL_COST, cost if done else replace(cost, peak_memory=_peak_memory()))
     except UserError as wrong:
-        _write_traceback(asked)
         known = isinstance(wrong, OtherInput | Mistakes)  # not a plugin's own, with other arguments
-        tell(wrong if known else UserError(wrong.cause, wrong.cure, wrong.field))
+        plain_one = wrong if known else UserError(wrong.cause, wrong.cure, wrong.field)
+        tell(Failed(plain_one, traceback.format_exc()))
     except Exception as fault:
-        _write_traceback(asked)
-        tell(UserError(describe(fault), "report its traceback"))
-
-
-def _write_traceback(asked: dict[str, Any]) -> None:
-    """Keep the traceback of the exception that is being handled, which no other process has."""
-    file = traceback_file(Path(asked["run"]))
-    with suppress(OSError):  # of a full disk, say, which may be the reason of the failure
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(traceback.format_exc(), "utf-8", errors="backslashreplace")
+        tell(Failed(UserError(describe(fault), "report its traceback"), traceback.format_exc()))
 
 
 def _peak_memory() -> float:

@@ -116,10 +116,12 @@ class Cell:
                 "that folder, then rerun the command, which repeats the cell",
             )
 
-    def record_failure(self, failure: CellFailure) -> None:
-        """Write the reason of a failure, which all shares then know."""
+    def record_failure(self, failure: CellFailure, traceback: str) -> None:
+        """Write the reason of a failure, which all shares then know, and its traceback if any."""
         file = _beside(self.spec.run, CELL_FAILURE.name)
         file.parent.mkdir(parents=True, exist_ok=True)
+        if traceback:
+            write_text(traceback_file(self.spec.run), traceback)
         write_text(file, CELL_FAILURE.text(failure))
 
     def forget_failure(self) -> None:

@@ -19,7 +19,7 @@ from kdcore.components.registry import THIS_PROGRAM, Registry, installed
 from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError, in_field, nearest
 from kdcore.jobs.comparison.cell_fields import in_comparison, placed_failure
-from kdcore.jobs.comparison.cell_process import run_here, run_on_ray
+from kdcore.jobs.comparison.cell_process import Failed, run_here, run_on_ray
 from kdcore.jobs.comparison.cells import (
     Cell,
     cells_by_arm,
@@ -180,9 +180,9 @@ def _pass(
             for cell in left:
                 cell.forget_failure()
             outcomes = run_on_ray(left, run, note) if on else run_here(left, registry, note)
-            for cell, wrong in chain(done, outcomes):
-                if wrong and not cell.busy:  # else another process was faster to begin it
-                    for line in _failed(spec, cell, wrong):
+            for cell, failed in chain(done, outcomes):
+                if failed and not cell.busy:  # else another process was faster to begin it
+                    for line in _told(spec, cell, failed):
                         progress.note(line)
                 if cell.trial:
                     _refuse_unmeasured(spec, cell)
@@ -193,14 +193,14 @@ def _pass(
     return _Pass(cells, ran, waiting)
 
 
-def _failed(spec: CompareSpec, cell: Cell, wrong: UserError) -> Iterator[str]:
+def _told(spec: CompareSpec, cell: Cell, failed: Failed) -> Iterator[str]:
     """Record the failure of a cell, and yield the lines that say so."""
-    told = placed_failure(spec, cell, wrong)
+    told = placed_failure(spec, cell, failed.error)
     failure = CellFailure(told.cause, told.cure)
-    cell.record_failure(failure)
+    cell.record_failure(failure, failed.traceback)
     yield from f"{cell.name} failed: {failure}".splitlines()
-    if (file := traceback_file(cell.spec.run)).exists():
-        yield f"  traceback: {file}"
+    if failed.traceback:
+        yield f"  traceback: {traceback_file(cell.spec.run)}"
 
 
 def _is_left(cell: Cell, share: tuple[int, int] | None) -> bool:

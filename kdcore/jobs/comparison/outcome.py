@@ -19,6 +19,8 @@ from kdcore.runs.inputs import refuse_mixed
 from kdcore.runs.results import CELL_COST, HELDOUT_ROWS, Cost, Difference, Measured, means_over
 from kdcore.specs.compare import CompareSpec
 
+_RERUN = "rerun with resume=True if the spec is unchanged, else with overwrite=True"
+
 
 def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
     """Each arm's mean figures and cost over seeds, and its differences from baseline and controls.
@@ -47,7 +49,7 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
         cures = dict.fromkeys(line for each in lost for line in each.cure.splitlines())
         raise UserError(
             f"every cell of the baseline '{baseline}' failed: {'; '.join(causes)}",
-            f"{'; '.join(cures) or 'fix that'}; then rerun with resume=True",
+            "\n".join((*cures, _RERUN)),
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)

@@ -10,13 +10,15 @@ from typing import Any, TypeAlias
 import torch
 
 from kdcore.components.registry import Registry
-from kdcore.data.caches.hidden_states import Origin, origin_of
+from kdcore.data.caches.hidden_states import Origin
 from kdcore.decoding.build import refuse_untrainable
 from kdcore.errors import UserError
 from kdcore.jobs.comparison.cell_fields import in_comparison
+from kdcore.jobs.resolution.resolved_drafter import origin_of
 from kdcore.models.assembly import Assembly
-from kdcore.models.loading.load import load_model
-from kdcore.specs.compare import ROUNDING, CompareSpec
+from kdcore.models.folder.weights import are_here
+from kdcore.models.loading.load import digest_of, load_model
+from kdcore.specs.compare import CompareSpec
 from kdcore.specs.train_drafter import TrainDrafterSpec
 
 _At: TypeAlias = tuple[str, int, TrainDrafterSpec]
@@ -59,13 +61,12 @@ def _refuse_difference(
     for arm, point, asked in cells:
         try:
             origin = _origin(asked, registry)
-        except UserError:
+        except Exception:  # a target or a drafter that fails, which the cell tells
             continue
         whose, known = first = first or (arm, origin)
-        if origin == known:
+        other = origin.differences(asdict(known))
+        if not other:
             continue
-        theirs = asdict(known)
-        other = {n: each for n, each in asdict(origin).items() if each != theirs[n]}
         both = f"two points of arm '{arm}'" if arm == whose else f"arms '{whose}' and '{arm}'"
         named = f"a different {' and '.join(other)}"
         if "layers" in other:
@@ -80,7 +81,7 @@ def _refuse_difference(
 
 
 def _origin(asked: TrainDrafterSpec, registry: Registry) -> Origin:
-    """What a spec would store. Raises UserError for a target or a drafter that cannot be used."""
+    """What a spec would store; targets whose weights are not here yet are not compared."""
     assembly = Assembly(registry)
     refuse_untrainable(asked.drafter, assembly)
     target = load_model(asked.target, weights=False)
@@ -89,4 +90,4 @@ def _origin(asked: TrainDrafterSpec, registry: Registry) -> Origin:
         drafter.bind(target.model, target.tokenizer)
     assert asked.data.hidden_states is not None
     origin = origin_of(asked.data.hidden_states, drafter, target)
-    return replace(origin, target=asked.target.model_dump_json(exclude=ROUNDING))
+    return replace(origin, target=digest_of(asked.target) if are_here(asked.target) else "")

@@ -19,8 +19,7 @@ from kdcore.evaluation.speed.break_even import TOKENS, BreakEven, break_even
 from kdcore.models.anatomy import context_of
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import available_memory, machine
-from kdcore.models.folder.files import stored_folder
-from kdcore.models.folder.weights import weight_files
+from kdcore.models.folder.weights import are_here
 from kdcore.models.loading.load import load_model
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.costs import in_bytes
@@ -142,12 +141,7 @@ def _not_measurable(spec: ModelSpec, outline: LoadedModel, device: torch.device)
         return f"its weights take {in_bytes(size)}, and a check reads at most {in_bytes(LARGEST)}"
     if size > free / 2:
         return f"its weights take {in_bytes(size)}, and this machine has {in_bytes(free)} free"
-    folder = stored_folder(spec)
-    try:
-        here = folder is not None and bool(weight_files(folder))
-    except UserError:
-        here = False
-    return None if here else "its weights are not on this machine yet"
+    return None if are_here(spec) else "its weights are not on this machine yet"
 
 
 def quick_engine(

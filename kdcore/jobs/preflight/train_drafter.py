@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcore.components.registry import Registry, installed
-from kdcore.data.caches.hidden_states import origin_of, refuse_more, refuse_other_folder
+from kdcore.data.caches.hidden_states import refuse_more, refuse_other_folder
 from kdcore.errors import UserError, in_field
 from kdcore.jobs.preflight.advice import advice
 from kdcore.jobs.preflight.distill import chosen, steps_of
@@ -29,7 +29,7 @@ from kdcore.jobs.preflight.estimates import (
 from kdcore.jobs.preflight.mistakes import raise_all
 from kdcore.jobs.preflight.report import Report
 from kdcore.jobs.preflight.rows import DataFacts, data_facts, example_row, first_row, sampled
-from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter
+from kdcore.jobs.resolution.resolved_drafter import ResolvedDrafter, origin_of
 from kdcore.models.device import process_device
 from kdcore.models.facts import ModelFacts, describe_model
 from kdcore.models.loading.loaded import LoadedModel
@@ -153,7 +153,8 @@ class _Drafting:
         origin = origin_of(asked, self.drafter, self.target)
         positions = round(train.rows * train.tokens)
         with in_field("data.hidden_states"):
-            refuse_other_folder(asked.folder or Run(self.spec.run).path("hidden_states"), origin)
+            if asked.folder is not None:  # a run's own goes with it
+                refuse_other_folder(asked.folder, origin)
             if not train.generated:
                 refuse_more(positions, origin, asked.limit_gb)
         return {"hidden states": positions * origin.bytes_per_position}

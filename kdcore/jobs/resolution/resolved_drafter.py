@@ -13,19 +13,22 @@ from transformers import AutoModelForCausalLM, set_seed
 from kdcore.components.registry import Registry
 from kdcore.data.batching.augmentation import augmentation_of
 from kdcore.data.batching.streaming import refuse_stream
+from kdcore.data.caches.hidden_states import Origin
 from kdcore.data.source import DataSource
 from kdcore.decoding.build import refuse_untrainable
+from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError, in_field
 from kdcore.method.objective import Objective
 from kdcore.models.assembly import Assembly
 from kdcore.models.device import process_device
+from kdcore.models.facts import dtype_name
 from kdcore.models.fit.pair import model_kind
 from kdcore.models.loading.load import load_model
 from kdcore.models.loading.loaded import LoadedModel
 from kdcore.runs.folder import Run
 from kdcore.runs.progress import Progress, Silent
 from kdcore.specs.parts.training import source_field
-from kdcore.specs.train_drafter import TrainDrafterSpec
+from kdcore.specs.train_drafter import HiddenStatesSpec, TrainDrafterSpec
 from kdcore.training.method import Method
 from kdcore.training.views import DrafterView
 
@@ -91,6 +94,23 @@ class ResolvedDrafter:
         refuse_stream(spec, sources["train"], chosen=drafter.vocabulary is not None)
         DrafterView(target.model, drafter)  # refuses a target whose logits a drafter cannot learn
         return cls(spec, method, sources, target, drafter)
+
+
+def origin_of(asked: HiddenStatesSpec, drafter: TrainedDrafter, target: LoadedModel) -> Origin:
+    """Describe the hidden states that a run stores.
+
+    Args:
+        asked: The spec of the stored hidden states.
+        drafter: The drafter, whose ``layers`` are stored.
+        target: The target model.
+
+    Returns:
+        The target's digest, the layers, the width and the dtypes.
+    """
+    width = (len(drafter.layers) + 1) * target.model.config.get_text_config().hidden_size
+    return Origin(
+        target.digest, tuple(drafter.layers), width, asked.dtype, dtype_name(target.model)
+    )
 
 
 def _text_sources(spec: TrainDrafterSpec, assembly: Assembly) -> dict[str, DataSource]:

@@ -10,10 +10,21 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from kdcore.errors import UserError
+from kdcore.models.folder.files import stored_folder
 from kdcore.models.folder.shapes import unlike
+from kdcore.specs.parts.fields import ModelSpec
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CURE = "copy or download the model again"
+
+
+def are_here(spec: ModelSpec) -> bool:
+    """Whether the weights of a model are on this machine."""
+    folder = stored_folder(spec)
+    try:
+        return folder is not None and bool(weight_files(folder))
+    except UserError:
+        return False
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -124,7 +124,20 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float, detached: bo
 @stateless(Params)
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the sum over classes of |teacher - student|, in [0, 1]."""
-    return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+    return (_normal_exp(teacher) - _normal_exp(student)).abs().sum(-1) / 2
+
+
+def _normal_exp(logp: Tensor) -> Tensor:
+    """exp, at least 2e-35, which no sum of probabilities feels.
+
+    A CPU takes 10 to 40 times as long for a result that is no normal float32, or a product with it.
+    Sorted classes have mostly these: the zeros appended to the smaller vocabulary, and the
+    products of merged spans.
+    """
+    return logp.clamp(min=_LEAST).exp()
+
+
+_LEAST = -80.0
 
 
 @stateless(params.AlphaBeta)

@@ -282,6 +282,47 @@ def test_no_gate_changes_the_mean_of_the_task() -> None:
         torch.testing.assert_close(step.terms["task"], plain.terms["task"])
 
 
+class Refusing:
+    """A splitter that nothing asks."""
+
+    reads_spans = True
+
+    def parts(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names
+
+    def __call__(self, parts: dict[str, Part], batch: LogitBatch) -> dict[str, Part]:
+        raise AssertionError("no term has a weight for its parts")
+
+
+@pytest.mark.parametrize("term", ["task", "label"])
+def test_a_splitter_whose_parts_have_weight_0_costs_nothing(term: str) -> None:
+    made = objective(splitters=(Refusing(),), weights={term: 1.0})
+    assert not made.reads_spans
+    step, _ = run(made, lm_batch(), language_model(seed=1), language_model(seed=2))
+    plain, _ = run(objective(), lm_batch(), language_model(seed=1), language_model(seed=2))
+    torch.testing.assert_close(step.losses["all"], plain.terms["task"])
+
+
+@pytest.mark.parametrize(("gates", "passes"), [((), 1), ((HardGate(),), 2)])
+def test_the_positions_are_passed_twice_for_gates_alone(gates: Any, passes: int) -> None:
+    student, teacher, batch = language_model(seed=1), language_model(seed=2), lm_batch()
+    theirs, asked = ModelView(teacher, 61)(teacher, batch), []
+
+    def logits(place: slice) -> Tensor:
+        asked.append(place)
+        return theirs.logits(place)
+
+    LossEngine(objective(gates, normalize="accepted"), ALL, 512)(
+        ModelView(student, 61)(student, batch),
+        SimpleNamespace(logits=logits),  # type: ignore[arg-type]
+        batch,
+        whole=3.0,
+        progress=0.5,
+        generator=torch.Generator().manual_seed(7),
+    )
+    assert len(asked) == passes
+
+
 def test_features_alone_in_a_stream_leave_the_head_alone() -> None:
     student, teacher = language_model(seed=1), language_model(seed=2)
     made = objective(weights={"kd": 1.0, "feature": 1.0})

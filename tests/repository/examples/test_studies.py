@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from tests.fixtures.pages import ROOT
 from tests.fixtures.reader import Reader
 from tests.repository.examples.test_examples import commands_of
-from tests.tiny.tiny_chat_models import OTHER_TEXT, tiny_config, tiny_tokenizer
 
 STUDIES = ROOT / "examples/studies"
-QWEN = Path("Qwen/Qwen2.5-0.5B-Instruct")
 FEW_TOKENS = [f"arms.{arm}.drafter.vocabulary=64" for arm in ("eagle3", "medusa", "p_eagle")]
 SETS = {
     "drafters.yaml": [
@@ -28,25 +25,27 @@ SETS = {
 """What is set where the tiny model has fewer tokens."""
 
 
-def other_tokenizer() -> None:
-    """A model of 24 layers whose tokenizer cuts other tokens, in place of the hub's."""
-    tokenizer = tiny_tokenizer(text=OTHER_TEXT)
-    config = tiny_config("llama", len(tokenizer))
-    config.num_hidden_layers = 24
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(QWEN)
-    tokenizer.save_pretrained(QWEN)
+@pytest.fixture
+def own_tokenizer(reader: Reader) -> None:
+    """That of the student of `cross_tokenizer.yaml`, from a script in the head of the spec."""
+    head = (STUDIES / "cross_tokenizer.yaml").read_text()
+    (line,) = re.findall(r"^#   python (.*)$", head, re.MULTILINE)
+    subprocess.run([sys.executable, *line.split()], check=True)
 
 
 @pytest.mark.needs("public data")
+@pytest.mark.usefixtures("own_tokenizer")
 @pytest.mark.parametrize(
     "names",
-    [["speckd_off_policy.yaml", "speckd_on_policy.yaml"], ["cross_tokenizer.yaml"], [*SETS]],
+    [
+        ["speckd_off_policy.yaml", "speckd_on_policy.yaml"],
+        ["cross_tokenizer_student.yaml", "cross_tokenizer.yaml"],
+        [*SETS],
+    ],
     ids=["speckd", "cross_tokenizer", "drafters"],
 )
 def test_studies_resolve(names: list[str], reader: Reader) -> None:
     """Those with the same student in one test: it is trained once, as their pages say."""
-    other_tokenizer()
     lines: list[str] = []
     for name in names:
         spec = f"examples/studies/{name}"

@@ -296,12 +296,18 @@ def test_arms_that_would_store_other_states_in_one_folder_are_refused_before_a_c
     }
     arms = {"two": {}, "three": {"drafter": {"depth": 3}}, "none": {"drafter": "ngram"}}
     refuse_other_states(compare_spec(asked(tmp_path, drafting, arms=arms)), installed())
+    (tmp_path / "linked").symlink_to(base["teacher"]["model"])
+    linked = {"one": {}, "same": {"target": {"model": str(tmp_path / "linked")}}}
+    refuse_other_states(compare_spec(asked(tmp_path, drafting, arms=linked)), installed())
     del arms["none"]
     tried = {"grid": {"drafter": [MEDUSA, OTHERS]}}
     tried["validation"] = base["data"]["heldout"] | {"limit": 2}
+    other, half = {"target": base["student"]}, {"target": {"dtype": "bfloat16"}}
     for fields, both in (
         ({"arms": arms | {"deep": {"drafter": OTHERS}}}, "arms 'two' and 'deep' store .* layers"),
         ({"arms": {"two": {}}, **tried}, "two points of arm 'two' store hidden states"),
+        ({"arms": {"one": {}, "other": other}}, "states of a different target in"),
+        ({"arms": {"one": {}, "half": half}}, "states of a different dtype of the target in"),
     ):
         spec = compare_spec(asked(tmp_path, drafting, seeds=[0], **fields))
         for job in (compare, JOBS["compare"].look_ahead):

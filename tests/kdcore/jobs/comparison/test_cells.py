@@ -82,13 +82,30 @@ def test_only_the_reasons_of_the_baseline_are_told_and_each_once(
 ) -> None:
     file = asked(tmp_path, base, arms={"kd": {}, "other": {}}, seeds=[0, 1])
 
-    def fails(spec: Any, *given: Any) -> UserError:
-        return UserError(f"mistake of {Path(spec.run).parent.name}", "none")
+    def fails(spec: Any, *given: Any) -> cell_process.Failed:
+        return cell_process.Failed(UserError(f"mistake of {Path(spec.run).parent.name}", "none"))
 
     monkeypatch.setattr(cell_process, "run_cell", fails)
     with pytest.raises(UserError) as told:
         compare(compare_spec(file))
     assert told.value.cause == "every cell of the baseline 'kd' failed: mistake of kd"
+    assert told.value.cure.splitlines() == [
+        "none",
+        "rerun with resume=True if the spec is unchanged, else with overwrite=True",
+    ]
+
+
+def test_a_process_that_is_not_the_first_leaves_no_file_beside_a_cell(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    """Another one writes the cell, and its failure and traceback if it fails."""
+    asked = {"job": "distill", "run": str(tmp_path / "cells/seed-0"), **base}
+    Run.open(tmp_path / "cells/seed-0", DistillSpec.model_validate(asked), installed())
+    with FileLock(tmp_path / "cells/seed-0/lock"):
+        told: list[Any] = []
+        cell_process.carry_out_cell(asked, told.append)
+    assert "another process" in told[-1].error.cause and 'File "' in told[-1].traceback
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["seed-0"]
 
 
 def test_a_long_reason_is_told_whole(
@@ -103,7 +120,7 @@ def test_a_long_reason_is_told_whole(
     cell = Thread(target=cell_process.carry_out_cell, args=(asked, send.send))
     cell.start()
     told = receive.recv()
-    assert (told.cause, told.cure) == ("x" * 2**20, "none")
+    assert (told.error.cause, told.error.cure) == ("x" * 2**20, "none")
     cell.join()
 
 
@@ -118,7 +135,7 @@ def test_a_cell_has_the_environment_of_the_moment_it_starts(
         monkeypatch.setenv("HOME", str(home))
         spec = DistillSpec.model_validate(base | own | {"run": str(tmp_path / "run")})
         reasons.append(cell_process.run_cell(spec, installed(), lambda line: None))
-    assert reasons[0] and "~/teacher" in reasons[0].cause
+    assert reasons[0] and "~/teacher" in reasons[0].error.cause
     assert reasons[1] is None
 
 
@@ -309,8 +326,10 @@ def test_a_failed_cell_tells_its_cure_and_keeps_its_traceback(tmp_path: Path, si
         assert said[at : at + 3] == lines
         kept = (cells / f"seed-{seed}.traceback.txt").read_text()
         assert 'File "' in kept and "KeyError: 'the first cause'" in kept, "the first one too"
-    assert said[-2:] == [
+    assert said[-4:] == [
         "error: every cell of the baseline 'kd' failed: the table is empty; "
         "KeyError: 'the first cause'",
-        "  fix: fill it; report its traceback; then rerun with --resume",
+        "  fix: fill it",
+        "  fix: report its traceback",
+        "  fix: rerun with --resume if the spec is unchanged, else with --overwrite",
     ]

@@ -269,6 +269,16 @@ def test_stored_hidden_states_train_the_same_drafter(tmp_path: Path, target: Pat
             assert preflight_drafter(asked, registry=REGISTRY).disk
 
 
+def test_hidden_states_of_a_run_s_own_go_with_it(tmp_path: Path, target: Path) -> None:
+    """A check before the first run finds no folder, and one before --overwrite other states."""
+    data = spec_of(tmp_path, target).data.model_dump() | {"hidden_states": {}}
+    for drafter in ({"name": "medusa", "depth": 2}, {"name": "fasteagle", "depth": 2}):
+        spec = spec_of(tmp_path, target, data=data, drafter=drafter, training={"steps": 1})
+        assert preflight_drafter(spec, registry=REGISTRY).disk
+        run = train_drafter(spec, registry=REGISTRY, overwrite=True)
+        assert run.path("hidden_states", "shard-00000.safetensors").exists()
+
+
 def test_hidden_states_beyond_the_limit_are_refused(tmp_path: Path, target: Path) -> None:
     spec = spec_of(tmp_path, target)
     data = spec.data.model_dump() | {"hidden_states": {"limit_gb": 1e-5}}
