@@ -20,7 +20,7 @@ from pydantic import (
 from kdcore.components.choice import SourceChoice
 from kdcore.errors import nearest
 from kdcore.specs.comparable import CellSpec, OfComparableJob
-from kdcore.specs.grid import Place, as_json, cells_of, refuse_unknown, resolved_value, suiting
+from kdcore.specs.grid import Place, as_json, cells_of, refuse_unknown, resolve_paths, suiting
 from kdcore.specs.parts.changes import (
     Keys,
     NoSuchItem,
@@ -88,7 +88,7 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
             _refuse_own(nested({path: value}), (path, index))
     known = info.data if "base" in info.data else {}  # else that is the mistake to tell
     arms: list[Any] = []
-    having: dict[str, Any] = {}
+    resolved: dict[str, list[Any]] = {}
     for arm, changes in known.get("arms", {}).items():
         twice = [path for path in grid if has(changes, path)]
         if twice:
@@ -97,18 +97,16 @@ def _grid(grid: dict[str, list[Any]], info: ValidationInfo) -> dict[str, list[An
         own = changed(known["base"], changes, info.context)
         suits = suiting(own, grid, info.context)
         arms.append(own)
-        having = dict.fromkeys(suits, own) | having
+        resolved = {path: [*values] for path, values in suits.items()} | resolved
         for made, place in cells_of(arm, own, known["base"], suits, info.context):
             _refuse_other_answers(own, made, f"arm '{arm}'", place)
+            resolve_paths(resolved, suits, made, place)
     if not arms:
         return grid
-    for path in (path for path in grid if path not in having):
+    for path in (path for path in grid if path not in resolved):
         for spec in (known["base"], arms[0]):  # base need not be an arm
             refuse_unknown(spec, path, grid[path], info.context)
-    return {
-        path: [resolved_value(having[path], path, value, info.context) for value in values]
-        for path, values in grid.items()
-    }
+    return {path: resolved[path] for path in grid}
 
 
 def _refuse_own(changes: dict[str, Any], at: Keys = ()) -> None:

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from kdcore.components.choice import PARAMS_ERROR
 from kdcore.specs.parts.changes import (
     Keys,
     NoSuchItem,
@@ -24,6 +23,7 @@ from kdcore.specs.parts.changes import (
     with_paths,
 )
 from kdcore.specs.parts.inner_errors import errors_of, mistake_at
+from kdcore.specs.reading.mistakes import unknown_fields
 
 Grid: TypeAlias = dict[str, list[Any]]
 """Dotted path of a field -> the values to try."""
@@ -52,7 +52,7 @@ def suiting(arm: Any, grid: Grid, context: Context) -> Grid:
             alone = {path: grid[path]}
             around = {at: values for at, values in suits.items() if _is_around(at, path)}
             tried = chain(points(alone), points(around | alone) if around else ())
-            if not all(_lacks(arm, point, context) for point in tried):
+            if not all(_lacks(arm, path, point, context) for point in tried):
                 suits |= alone
     return {path: values for path, values in grid.items() if path in suits}
 
@@ -62,20 +62,22 @@ def _is_around(field: str, path: str) -> bool:
     return path.startswith(field[: field.rfind(".") + 1])
 
 
-def _lacks(arm: Any, point: Point, context: Context) -> bool:
-    """Whether the spec of an arm lacks a field, or an item of a list, that a point sets."""
+def _lacks(arm: Any, path: str, point: Point, context: Context) -> bool:
+    """Whether the spec of an arm lacks the field of a path, or an item of a list, at a point."""
     try:
         changed(arm, nested(point), context)
     except NoSuchItem:
         return True
     except ValidationError as fault:
-        return any(map(_is_unknown_field, fault.errors(include_url=False)))
+        return bool(_lacking(fault, arm, path))
     return False
 
 
-def _is_unknown_field(error: Any) -> bool:
-    inner = error["ctx"]["errors"] if error["type"] == PARAMS_ERROR else ()
-    return error["type"] == "extra_forbidden" or any(map(_is_unknown_field, inner))
+def _lacking(fault: ValidationError, spec: Any, path: str) -> list[Keys]:
+    """The unknown field of a spec that a path names, if any; one inside its value is not."""
+    keys = tuple(path.split("."))
+    unknown = unknown_fields(fault, type(spec))
+    return [field for field in unknown if tuple(map(str, field)) == keys[: len(field)]]
 
 
 def cells_of(
@@ -115,8 +117,7 @@ def cells_of(
         words = [f"arm '{arm}'"] if suits(base, point) else []
         alike = (each for each in points(grid) if each[wrong] is point[wrong])
         if any(suits(own, each) for each in alike):
-            others = (f"{path}={as_json(value)}" for path, value in point.items() if path != wrong)
-            words.append(f"with {', '.join(others)}")
+            words.append(beside({path: value for path, value in point.items() if path != wrong}))
         return "".join(f"{word}: " for word in words)
 
     for point, places in zip(points(grid), places_of(grid), strict=True):
@@ -134,6 +135,11 @@ def _at_values(places: Places, otherwise: str) -> Place:
         return place_in(field, places) or places[tuple(otherwise.split("."))]
 
     return place
+
+
+def beside(point: Point) -> str:
+    """What a mistake's cause says of values that it was found with."""
+    return f"with {', '.join(f'{path}={as_json(value)}' for path, value in point.items())}"
 
 
 def as_json(value: Any) -> str:
@@ -159,23 +165,29 @@ def refuse_unknown(spec: Any, path: str, values: list[Any], context: Context) ->
     except NoSuchItem as lack:
         raise mistake_at((path,), lack.cause, lack.cure) from lack
     except ValidationError as fault:
-        raise errors_of(fault, type(spec), lambda _: (path,)) from fault
+        lacking = _lacking(fault, spec, path)
+        at_value = _at_values(places_of({path: values})[0], path)
+
+        def place(field: Keys) -> Keys:
+            return (path,) if field in lacking else at_value(field)
+
+        raise errors_of(fault, type(spec), place) from fault
 
 
-def resolved_value(spec: Any, path: str, value: Any, context: Context) -> Any:
-    """A value of a grid with its paths resolved; as it is if it is invalid on its own.
+def resolve_paths(grid: Grid, suits: Grid, made: Any, place: Place) -> None:
+    """Resolve the paths among the values of a grid that a cell has.
 
     Args:
-        spec: The spec of an arm that has the field.
-        path: The dotted path of the field.
-        value: The value.
-        context: The context of the validation.
+        grid: The grid, whose values are replaced.
+        suits: The part of it that suits the arm of the cell.
+        made: The spec of the cell.
+        place: The places of its fields.
     """
-    changes = nested({path: value})
-    try:
-        made = with_paths(changes, plain(changed(spec, changes, context)))
-    except (ValidationError, NoSuchItem):
-        return value
-    for key in path.split("."):
-        made = made[key]
-    return made
+    read = plain(made)
+    for path in suits:
+        keys = tuple(path.split("."))
+        index = int(place(keys)[1])
+        value: Any = with_paths(nested({path: grid[path][index]}), read)
+        for key in keys:
+            value = value[key]
+        grid[path][index] = value

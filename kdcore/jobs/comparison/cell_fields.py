@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdcore.errors import Mistakes, UserError
 from kdcore.jobs.comparison.cells import Cell
 from kdcore.specs.compare import CompareSpec
+from kdcore.specs.grid import beside
 from kdcore.specs.parts.changes import Keys, place_in
 from kdcore.specs.reading.file import placed
 
@@ -60,17 +60,15 @@ def in_comparison(
         keys = tuple(m.field.split("."))
         if found := place_in(keys, {**(fields or {}), **in_grid}):
             return ".".join(map(str, found))
-        for path, value in values.items():  # that of a model may be of its layers, say
-            if path.startswith(f"{m.field}.") and _quotes(m.cause, value):
-                return ".".join(map(str, in_grid[tuple(path.split("."))]))
         where = next((each for each, made in changes.items() if _is_set(made, m.field)), "base")
         return f"{where}.{m.field}"
 
-    return _of_each(
-        wrong,
-        lambda m: (called and f"{called}: ") + m.cause.removeprefix(f"{m.field}: "),
-        lambda m: m.field and field(m),
-    )
+    def cause(m: UserError) -> str:
+        within = {path: each for path, each in values.items() if path.startswith(f"{m.field}.")}
+        words = [called, beside(within) if within else "", m.cause.removeprefix(f"{m.field}: ")]
+        return ": ".join(filter(None, words))
+
+    return _of_each(wrong, cause, lambda m: m.field and field(m))
 
 
 def _of_each(
@@ -83,11 +81,6 @@ def _of_each(
     told = [UserError(cause(m), m.cure, field(m)) for m in found]
     further = wrong.further if isinstance(wrong, Mistakes) else 0
     return told[0] if len(told) == 1 and not further else Mistakes(told, further)
-
-
-def _quotes(cause: str, value: Any) -> bool:
-    """Whether a cause names a value, so that it is of this one and not of what is around it."""
-    return re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", cause) is not None
 
 
 def _is_set(changes: Any, field: str) -> bool:

@@ -31,6 +31,7 @@ _WANTED = {
 _TYPES = re.compile(
     rf"({'|'.join(_WANTED)})_(type|parsing|parsing_size|from_float|required|unicode)"
 )
+_UNKNOWN = "extra_forbidden"
 _MOST = 500
 """Errors of the validator that are looked into: each takes a millisecond."""
 _SIZES = {
@@ -58,9 +59,14 @@ class Mistake:
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
     """The mistakes behind a validation error of a spec model; of very many, the first ones."""
     by_place: dict[Place, list[_Found]] = defaultdict(list)
-    for found in islice(_found(error.errors(include_url=False), model, ()), _MOST):
+    for found in _first(error, model):
         by_place[found.union or found.place].append(found)
     return [mistake for group in by_place.values() for mistake in _told(group)]
+
+
+def unknown_fields(error: ValidationError, model: type[BaseModel]) -> list[Place]:
+    """The places of the fields that a spec has and its model lacks."""
+    return [each.place for each in _first(error, model) if each.error["type"] == _UNKNOWN]
 
 
 def shown(value: Any) -> str:
@@ -77,6 +83,7 @@ class _Found:
 
     Attributes:
         place: Path of the value.
+        name: Last key on the way in the spec that holds it, even if `place` is elsewhere.
         union: Path of an untagged union of several types on the way, or None.
         model: Innermost model on the way.
         field: Last field on the way.
@@ -85,12 +92,17 @@ class _Found:
     """
 
     place: Place
+    name: str
     union: Place | None
     model: type[BaseModel]
     field: FieldInfo | None
     error: Mapping[str, Any]
     around: tuple[tuple[Place, type[BaseModel]], ...]
     called: str = ""
+
+
+def _first(error: ValidationError, model: type[BaseModel]) -> Iterator[_Found]:
+    return islice(_found(error.errors(include_url=False), model, ()), _MOST)
 
 
 def _found(
@@ -102,7 +114,7 @@ def _found(
     around = (*outer, (base, model))
     for error in errors:
         path, union, inner, field = _follow(error["loc"], model)
-        if error["type"] == "extra_forbidden":
+        if error["type"] == _UNKNOWN:
             path, union = (*path, error["loc"][-1]), None
         if error["type"] == PARAMS_ERROR:
             here, context = base + path, error["ctx"]
@@ -110,7 +122,9 @@ def _found(
                 yield each if context.get("place") is None else _moved(each, here, context)
         else:
             union = None if union is None else base + union
-            yield _Found(base + path, union, inner, field, error, around)
+            place = base + path
+            name = next((key for key in reversed(place) if isinstance(key, str)), "")
+            yield _Found(place, name, union, inner, field, error, around)
 
 
 def _moved(found: _Found, base: Place, context: Mapping[str, Any]) -> _Found:
@@ -198,7 +212,7 @@ def _what(found: _Found) -> str:
     context, kind, value = found.error.get("ctx", {}), found.error["type"], found.error["input"]
     if kind == "missing":
         return "missing field"
-    if kind == "extra_forbidden":
+    if kind == _UNKNOWN:
         return "unknown key"
     if kind == USER_MESSAGE:
         return str(context["cause"])
@@ -217,8 +231,8 @@ def _cure(found: _Found) -> str:
     kind, value = found.error["type"], found.error["input"]
     if kind == "missing":
         return f"add it; {_about(found)}"
-    if kind == "extra_forbidden":
-        return _right_name(str(found.place[-1]), found)
+    if kind == _UNKNOWN:
+        return _right_name(found)
     if kind == USER_MESSAGE:
         return str(found.error["ctx"]["cure"])
     if "error" in found.error.get("ctx", {}) and (cure := _message(found)[1]):
@@ -269,7 +283,7 @@ def _about(found: _Found) -> str:
     """What to write for a field, in its own words."""
     if found.field is None:
         return "run `kdcore init` for an example spec"
-    name = next(name for name in reversed(found.place) if isinstance(name, str))
+    name = found.name
     for member in filter(_is_model, _members(found.field.annotation)):
         needed = [key for key, field in member.model_fields.items() if field.is_required()]
         fields = ", ".join(f"{key}: ..." for key in needed or member.model_fields)
@@ -281,7 +295,8 @@ def _about(found: _Found) -> str:
     return f"the default of {name} is {shown(found.field.default)}"
 
 
-def _right_name(word: str, found: _Found) -> str:
+def _right_name(found: _Found) -> str:
+    word = found.name
     *outer, last = word.split(".")
     if outer and word in _paths(found.model):
         nested = "".join(f"{key}: {{" for key in outer) + f"{last}: ..." + "}" * len(outer)

@@ -159,8 +159,12 @@ def test_check_says_which_line_of_a_comparison_is_wrong(
 @pytest.mark.parametrize(
     ("grid", "place"),
     [
-        ("data.train.path: [none.jsonl, rows.jsonl]", "grid.data.train.path.0: arm 'own': /"),
-        ("student.layers: [[7], [0]]", "grid.student.layers.0: arm 'own': layers [7] do"),
+        (
+            "data.train.path: [none.jsonl, rows.jsonl]",
+            "6: base.data.train: arm 'own': with data.train.path=",
+        ),
+        ("data.train: [{name: chat, path: none.jsonl}]", "14: grid.data.train.0: arm 'own': /"),
+        ("student.layers: [[7], [0]]", "14: grid.student.layers.0: arm 'own': layers [7] do"),
     ],
 )
 def test_check_says_which_value_of_a_grid_is_wrong(
@@ -172,7 +176,7 @@ def test_check_says_which_value_of_a_grid_is_wrong(
     Path(spec).write_text(f"{text}grid:\n  training.steps: [1]\n  {grid}\n")
     said = kdcore("check", spec)
     assert said.code == 2, said.err
-    assert said.err.startswith(f"error: spec.yaml:14: {place}"), said.err
+    assert said.err.startswith(f"error: spec.yaml:{place}"), said.err
 
 
 def test_check_says_that_the_rows_of_validation_are_wrong(

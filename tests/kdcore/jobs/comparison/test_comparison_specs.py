@@ -94,6 +94,23 @@ def test_paths_in_arms_and_grids_are_relative_to_the_spec(
     assert read.grid == {**grid, "data.train.path": there}
 
 
+def test_paths_in_a_grid_are_resolved_beside_the_values_that_they_need(
+    tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a source, say, that another field of the grid names, whichever stands first."""
+    both = {"name": "several", "sources": [OTHER]}
+    whole = base | {"data": base["data"] | {"train": both}}
+    fields = {"data.train.name": ["chat"], "data.train.path": ["rows.jsonl", "other.jsonl"]}
+    for grid in (fields, dict(reversed(fields.items()))):
+        file = asked(tmp_path, whole, arms={"kd": {}}, grid=grid, validation=OTHER)
+        monkeypatch.chdir("/")
+        spec = compare_spec(file)
+        made = [spec.at_point("kd", point).data.train.dump() for point in (0, 1)]
+        there = [str(tmp_path / name) for name in fields["data.train.path"]]
+        assert [each["path"] for each in made] == there
+        assert spec.grid == {**grid, "data.train.path": there}
+
+
 def test_changes_replace_components_whole(base: dict[str, Any]) -> None:
 
     begun = DistillSpec.model_validate(
@@ -323,6 +340,11 @@ grid:
         ),
         ("method.gates.3.k:\n  - 1", 1, "method.gates.3.k: a list of 1 has no item '3'"),
         ("method.gatez:\n  - 1", 1, "method.gatez: unknown key"),
+        (
+            "method.gates:\n  - [{name: speckd, kk: 1}]\n  - [{name: speckd, kj: 2}]",
+            2,
+            "method.gates.0.0.kk: unknown key",
+        ),
         ("data.heldout.path:\n  - a", 2, "data.heldout.path.0: data.heldout cannot be set here"),
         ("data:\n  - {heldout: {path: a}}", 2, "data.0: data.heldout cannot be set here"),
         (
@@ -345,6 +367,29 @@ def test_a_mistake_in_a_grid_has_the_line_of_its_value(
         read_spec(file)
     place = head.count("\n") + line
     assert found.value.cause.startswith(f"{file}:{place}: grid.{said}"), found.value.cause
+
+
+@pytest.mark.parametrize(
+    ("grid", "cure"),
+    [
+        ({"method.tua": [1]}, "did you mean 'tau'?"),
+        ({"method": [{"tua": 1}]}, "did you mean 'tau'?"),
+        ({"method.gates": [[{"name": "speckd", "kk": 1}]]}, "did you mean 'k'?"),
+        ({"method.packing": [True]}, "'packing' belongs at grid.training.packing"),
+        (
+            {"method.divergence.name": ["skew_kl", "jsd"], "method.divergence.alpha": [0.1]},
+            "'alpha' belongs at grid.student.lora.alpha",
+        ),
+        ({"training.batch_size": [1.5]}, "change it; batch_size: "),
+    ],
+)
+def test_a_mistake_in_a_grid_has_the_cure_of_its_field(
+    tmp_path: Path, base: dict[str, Any], grid: dict[str, Any], cure: str
+) -> None:
+    """By the name of the field in the spec of a cell, and not by the path or index in the grid."""
+    with pytest.raises(UserError) as found:
+        read_spec(asked(tmp_path, base, arms={"kd": {}}, grid=grid, validation=OTHER))
+    assert found.value.cure.startswith(cure)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +447,7 @@ def test_a_field_of_a_cell_is_that_of_the_comparison(base: dict[str, Any]) -> No
         "student.model": "base.student.model",
         "data.validation": "base.data.validation",
         "data": "arms.a.data",  # and not validation, which is but a part of it
-        "method": "base.method",
+        "training": "base.training",
         "": "",
     }
     for field, place in of_cells.items():
@@ -411,22 +456,24 @@ def test_a_field_of_a_cell_is_that_of_the_comparison(base: dict[str, Any]) -> No
         assert (found.cause, found.field) == ("arm 'a': torn", place)
 
 
-def test_a_mistake_that_quotes_a_value_of_the_grid_is_of_the_value(base: dict[str, Any]) -> None:
-    """One of the whole model or source is not, if it says nothing of it; all are kept."""
-    grid = {"teacher.model": ["./a", "./b"], "teacher.trust_remote_code": [0, False, True, 1]}
+def test_a_mistake_around_a_value_of_the_grid_is_not_of_the_value(base: dict[str, Any]) -> None:
+    """Whatever its words quote; it says what the grid sets inside. All mistakes are kept."""
+    grid = {"teacher.model": ["./a", "./b"], "data.max_length": [1, 64]}
     fields = {"arms": {"a": {}}, "grid": grid, "validation": OTHER}
     spec = CompareSpec.model_validate({"job": "compare", "base": base} | fields)
     of_cell = [
+        UserError("rows.jsonl:1 has no prompt", "add one", "data"),
         UserError("'./b' is not a folder", "name one", "teacher"),
-        UserError("it has no tokenizer", "name another", "teacher"),
-        UserError("no code", "review it", "teacher.trust_remote_code"),
+        UserError("raise 1", "to 2", "data.max_length"),
+        UserError("no code", "review it", "teacher.model.code"),
     ]
-    told = in_comparison(Mistakes(of_cell, 5), spec, "a", 5)
+    told = in_comparison(Mistakes(of_cell, 5), spec, "a", 2, called="arm 'a'")
     assert isinstance(told, Mistakes) and told.further == 5
-    assert [each.field for each in told.found] == [
-        "grid.teacher.model.1",
-        "base.teacher",
-        "grid.teacher.trust_remote_code.1",
+    assert [(each.field, each.cause) for each in told.found] == [
+        ("base.data", "arm 'a': with data.max_length=1: rows.jsonl:1 has no prompt"),
+        ("base.teacher", "arm 'a': with teacher.model=\"./b\": './b' is not a folder"),
+        ("grid.data.max_length.0", "arm 'a': raise 1"),
+        ("grid.teacher.model.1.code", "arm 'a': no code"),
     ]
 
 
