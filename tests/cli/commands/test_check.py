@@ -161,7 +161,7 @@ def test_check_says_when_a_drafter_pays(
     for change, reason in (
         (("LARGEST", 1000), "and a check reads at most"),
         (("available_memory", lambda device: 1000), "and this machine has 0 MiB free"),
-        (("stored_folder", lambda spec: None), "its weights are not on this machine yet"),
+        (("are_here", lambda spec: False), "its weights are not on this machine yet"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(drafter_cost, *change)

@@ -196,7 +196,7 @@ def test_an_overwriting_that_is_killed_can_be_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
+        patched.setattr("kdcore.runs.whole_files.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert not run.finished
     Run.open(run.folder, spec(), installed(), overwrite=True)
@@ -216,7 +216,7 @@ def test_no_checkpoint_outlives_what_guards_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("kdcore.runs.folder.shutil.rmtree", killed)
+        patched.setattr("kdcore.runs.whole_files.shutil.rmtree", killed)
         Run.open(run.folder, spec(), installed(), overwrite=True)
     assert all((run.folder / name).exists() for name in ("before.json", "spec.yaml", "run.json"))
     with pytest.raises(UserError, match=r"different spec; changed: training\.steps"):

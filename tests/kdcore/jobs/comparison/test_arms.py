@@ -23,6 +23,7 @@ from kdcore.runs.results import Metric, TrainingResults
 from kdcore.specs.jobs import JOBS
 from tests.fixtures.json_lines import write_lines
 from tests.kdcore.jobs.comparison.comparisons import asked, compare_spec, shown
+from tests.tiny.tiny_chat_models import saved, tiny_model
 
 
 def test_only_arms_with_one_gate_are_counted_with_controls(
