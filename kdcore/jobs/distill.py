@@ -63,7 +63,6 @@ from kdcore.training.arguments import (
 from kdcore.training.rows import TrainingRows, read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
 from kdcore.training.saved_student import save_student
-from kdcore.training.step_decay import StepDecay
 from kdcore.training.teachers.following import Follow
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.best import BestModel, changing_weights, load_weights
@@ -71,6 +70,7 @@ from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.matching import attached, matched_by
 from kdcore.training.trainer.probe import Probe
 from kdcore.training.trainer.shards import OnceSharded
+from kdcore.training.trainer.step_decay import StepDecay
 from kdcore.training.trainer.trainer import DistillationTrainer, Figures
 from kdcore.training.views import StudentView
 

@@ -57,10 +57,10 @@ from kdcore.specs.train_drafter import TrainDrafterSpec
 from kdcore.training.arguments import micro_batches, processes, training_arguments
 from kdcore.training.rows import read_rows, settle_rows
 from kdcore.training.run import measured_before, train_to_the_end, training_run
-from kdcore.training.step_decay import StepDecay
 from kdcore.training.trainer.best import BestModel
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.step_decay import StepDecay
 from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import DrafterView
 

@@ -46,9 +46,8 @@ from pydantic import ValidationError
 from kdcore.components.registry import Registry
 from kdcore.errors import UserError
 from kdcore.runs import interruption
-from kdcore.runs.checkpoints import newest_checkpoint
 from kdcore.runs.facts import RUN_FACTS, RunFacts, date_in, shown_versions
-from kdcore.runs.recognition import is_damaged, is_run, refuse_no_run
+from kdcore.runs.recognition import is_damaged, is_run, newest_checkpoint, refuse_no_run
 from kdcore.runs.record_files import Record, RecordFile, differences
 from kdcore.runs.today import pinned, today
 from kdcore.runs.whole_files import PART, refuse_unwritable, remove, unwritable, write_text

@@ -1,4 +1,4 @@
-"""Whether a folder holds a run, and the mistake that it does not."""
+"""Whether a folder holds a run, the mistake that it does not, and its newest whole checkpoint."""
 
 from __future__ import annotations
 
@@ -51,3 +51,29 @@ def refuse_no_run(folder: Path) -> None:
         cure = f"name the folder of a run, e.g. {outer or 'runs/distill'}"
     wrong = "is not a run folder" if folder.exists() else "does not exist"
     raise UserError(f"{folder} {wrong}", cure)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the complete checkpoint of the latest step.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The folder of the checkpoint, or None.
+    """
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
+    ]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's last file exists and is complete."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

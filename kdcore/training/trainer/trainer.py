@@ -32,7 +32,6 @@ from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.protocols import MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.models.device import sent
-from kdcore.training.step_decay import StepDecay
 from kdcore.training.step_scores import StepScores
 from kdcore.training.stream_gradients import StreamGradients
 from kdcore.training.trainer.auxiliary import Auxiliary, MicroBatch
@@ -42,6 +41,7 @@ from kdcore.training.trainer.figures import LogTheLast, StepFigures, StopWithout
 from kdcore.training.trainer.lookahead import RowsAhead
 from kdcore.training.trainer.probe import Probe, momentum_norms, signal_to_noise
 from kdcore.training.trainer.shards import several_backward_passes
+from kdcore.training.trainer.step_decay import StepDecay
 from kdcore.training.views import View
 
 Figures = Mapping[str, float]

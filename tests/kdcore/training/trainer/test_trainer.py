@@ -28,10 +28,10 @@ from kdcore.specs.parts.on_policy import OnPolicySpec
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import TrainingSpec
 from kdcore.training.method import Method, build_objective, on_other_rows
-from kdcore.training.step_decay import StepDecay
 from kdcore.training.teachers.kinds import LiveTeacher, NoTeacher, OfAnyRows
 from kdcore.training.trainer.auxiliary import Auxiliary
 from kdcore.training.trainer.probe import Probe
+from kdcore.training.trainer.step_decay import StepDecay
 from kdcore.training.trainer.trainer import DistillationTrainer
 from kdcore.training.views import StudentView
 from tests.tiny.models import language_model
