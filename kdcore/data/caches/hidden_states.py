@@ -91,11 +91,13 @@ class Origin:
         Returns:
             What differs, in words.
         """
-        asked = self.manifest
-        compared = {name for name in asked if name != "computed" or name in known}
-        compared -= set() if self.target else {"target"}
+        skipped = {"computed"} - known.keys() | (set() if self.target else {"target"})
         named = {"computed": "dtype of the target"}
-        return [named.get(n, n) for n in asked if n in compared and known.get(n) != asked[n]]
+        return [
+            named.get(name, name)
+            for name, asked in self.manifest.items()
+            if name not in skipped and known.get(name) != asked
+        ]
 
 
 class HiddenStates:

@@ -295,9 +295,8 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
         registry = installed()
         job = registry.job(asked["job"])
         spec: Any = job.spec.model_validate(asked)
-        done = is_done(
-            Run(spec.run, planned=True)
-        )  # a killed process may not have written the cost
+        # a process that was killed after the end of its run may not have written the cost
+        done = is_done(Run(spec.run, planned=True))
         run: Run = job.carry_out(
             spec, registry=registry, overwrite=False, resume=True, progress=_Telling(tell)
         )
