@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcore.errors import first_line
 from kdcore.models.folder.shapes import unlike
-from kdcore.models.loading.loaded import LoadedModel
+from kdcore.models.loading.loaded import LoadedModel, first_few
 
 
 def take_weights(
@@ -52,15 +52,11 @@ def _difference(
     """Why the weights are not the drafter's, in the words of its config."""
     missing, further = (sorted(a.keys() - b.keys()) for a, b in ((made, own), (own, made)))
     if missing:
-        return f"config.json makes {missing[0]}{_more(missing)}, which the file lacks"
+        return f"config.json makes {first_few(missing)}, which the file lacks"
     if further:
-        return f"the file has {further[0]}{_more(further)}, which config.json does not make"
+        return f"the file has {first_few(further)}, which config.json does not make"
     return unlike(_shapes(own), _shapes(made), params)
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
     return {name: each.shape for name, each in weights.items()}
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
