@@ -286,7 +286,7 @@ def report(
 
 
 def table(
-    *folders: Run | Path | str, form: TableFormat = "markdown", metrics: Sequence[str] = ()
+    *folders: Run | Path | str, form: TableFormat = "markdown", metrics: str | Sequence[str] = ()
 ) -> str:
     """Write the results of runs as a table for a paper or another program.
 
@@ -298,7 +298,8 @@ def table(
         *folders: Runs or their folders.
         form: ``"markdown"``, ``"latex"`` (for the package booktabs), or ``"csv"``, which has one
             line for each figure, with full precision.
-        metrics: Names of the figures of a comparison to show, in this order (default: all).
+        metrics: Names of the figures of a comparison to show, in this order, or one name (default:
+            all).
 
     Returns:
         The text, with the intervals of all differences.
@@ -310,7 +311,8 @@ def table(
     from kdcore.reporting.table_text import as_text, tables_of_runs
 
     places = [each.folder if isinstance(each, Run) else Path(each) for each in folders]
-    return as_text(tables_of_runs(places, metrics), form)
+    chosen = [metrics] if isinstance(metrics, str) else metrics
+    return as_text(tables_of_runs(places, chosen), form)
 
 
 def _refuse_other(place: Path, overwrite: bool) -> None:

@@ -257,6 +257,7 @@ def test_a_table_may_have_a_choice_of_the_figures(
     file.write_text(json.dumps(written))
     [both] = tabulars(kdcore.table(folder, form="latex"))
     [chosen] = tabulars(kdcore.table(folder, form="latex", metrics=["tau"]))
+    assert kdcore.table(folder, metrics="tau") == kdcore.table(folder, metrics=["tau"])
     assert [cell.strip() for cell in both[0][-2:]] == ["teacher\\_kl", "tau"]
     assert both[0][-3].strip() == chosen[0][-2].strip() and chosen[0][-1].strip() == "tau"
     assert command_line(["evaluate", str(folder), "--metric", "tau", "--table", "csv"]) == 0
@@ -268,6 +269,12 @@ def test_a_table_may_have_a_choice_of_the_figures(
     training = run_folders.distilled(tmp_path / "distilled")
     with pytest.raises(UserError, match="the run distilled is none"):
         kdcore.table(training, metrics=["teacher_kl"])
+
+
+@pytest.mark.parametrize("show", [kdcore.table, kdcore.report])
+def test_no_run_is_a_mistake_of_the_caller(show: Any) -> None:
+    with pytest.raises(UserError, match="no run is named"):
+        show()
 
 
 def test_an_interrupted_comparison_has_no_empty_table(tmp_path: Path) -> None:
