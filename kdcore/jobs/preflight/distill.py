@@ -95,6 +95,9 @@ def _report(spec: DistillSpec, registry: Registry, run: Run) -> Report:
         learned=train.learned * together,
         longest=min(spec.data.max_length, longest),
         heldout=round(heldout.rows / together) if heldout else 0,
+        answered=heldout.rows * spec.evaluation.answer_tokens
+        if heldout and spec.evaluation.answers
+        else 0,
         generated=(train.generated + (heldout.generated if heldout else 0))
         * spec.data.responses.max_new_tokens,
         sampled=longer * often,

@@ -1,8 +1,8 @@
 """Rough estimates of a run's memory and time: whether it fits, and takes minutes or days.
 
 Memory is the peak of a training step on one device. Time is the number of floating-point
-operations divided by the throughput of a matrix product of the run's own shape, measured on this
-device; it leaves out attention, padding, data loading and saving.
+operations divided by the throughput of a small network of the run's own shape and precision,
+measured on this device; it leaves out attention, padding, the optimizer, data loading and saving.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +37,7 @@ MAPS = 4
 DECODING = 0.25
 """Share of the throughput that generation reaches: its matrix products have few rows."""
 WIDTH = 256
-"""Width of the product that is timed for a model whose config does not say its own."""
+"""Width of the network that is timed for a model whose config does not say its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Work:
         learned: Learned positions of it, which reach the head.
         longest: Positions of the longest row or sequence.
         heldout: Held-out rows; as many sequences of them if the training rows are packed.
+        answered: Tokens that the student generates whenever the held-out rows are measured.
         generated: Tokens that the teacher generates before the training.
         sampled: Tokens that the student samples during the training.
         inputs: Name -> input tensor of one row, without the batch dimension.
@@ -64,6 +66,7 @@ class Work:
     learned: float
     longest: int
     heldout: int
+    answered: int
     generated: int
     sampled: float
     inputs: Mapping[str, torch.Tensor]
@@ -136,33 +139,40 @@ def seconds(
     Returns:
         Purpose -> seconds.
     """
-    training = spec.training
-    speed = throughput(
-        rows=min(1024, max(1, round(training.batch_size * work.tokens))),
-        width=describe_model(models.student).hidden or WIDTH,
-        dtype=dtype_of(training),
-    )
-    ours = _forward(models.student.model, work)
-    live = [models.teacher, *models.several.values()]
-    theirs = sum(_forward(teacher.model, work) for teacher in live if teacher)
+    training, autocast = spec.training, products_of(spec.training)
+    rows = min(1024, max(1, round(training.batch_size * work.tokens)))
+    width = describe_model(models.student).hidden or WIDTH
+
+    def speed(model: LoadedModel, products: torch.dtype | None = None) -> float:
+        return throughput(rows=rows, width=width, weights=model.model.dtype, products=products)
+
+    def reading(model: LoadedModel | None, products: torch.dtype | None = None) -> float:
+        return _forward(model.model, work) / speed(model, products) if model else 0.0
+
+    def answering(model: LoadedModel | None, tokens: float) -> float:
+        return generating(model, tokens, speed(model)) if model else 0.0
+
+    student, live = models.student, [models.teacher, *models.several.values()]
+    ours = reading(student, autocast)
+    theirs = sum(reading(teacher, autocast) for teacher in live)
     matched = sum(_matching(matcher, models, work) for matcher in matchers)
-    step = theirs + ours * (1 + 2 * work.streams) + matched
-    rows = rows_of(training, work.steps)
-    probed = probed_rows(training, work.steps)
+    step = theirs + ours * (1 + 2 * work.streams) + matched / speed(student, autocast)
+    read = rows_of(training, work.steps)
     asked = spec.data.on_policy
     samplers = [
-        None if asked and asked.sampler else models.student,  # a server's time is not known
+        None if asked and asked.sampler else student,  # a server's time is not known
         models.teacher if asked and asked.reads_teacher else None,
     ]
     on_the_way = work.steps // training.eval_every if training.eval_every else 0
-    measurements = spec.evaluation.before + on_the_way + 1
+    measured = work.heldout * sum(map(reading, (student, *live)))
     return {
-        "responses": generating(models.teacher or models.student, work.generated, speed),
-        "training": rows * step / speed,
-        "auxiliary rows": work.beside * rows * step / speed,
-        "sampling": sum(generating(model, work.sampled, speed) for model in samplers if model),
-        "probing": probed * (theirs + ours * (1 + 2 * work.terms)) / speed,
-        "measuring": measurements * work.heldout * (theirs + ours) / speed,
+        "responses": answering(models.teacher or student, work.generated),
+        "training": read * step,
+        "auxiliary rows": work.beside * read * step,
+        "sampling": sum(answering(model, work.sampled) for model in samplers),
+        "probing": probed_rows(training, work.steps) * (theirs + ours * (1 + 2 * work.terms)),
+        "measuring": (spec.evaluation.before + on_the_way + 1)
+        * (measured + answering(student, work.answered)),
     }
 
 
@@ -195,9 +205,9 @@ def of_chunk(training: TrainingSpec, classes: int) -> int:
     return chunk_on(process_device(), training.chunk, classes) * classes * 4 * LOGITS
 
 
-def dtype_of(training: TrainingSpec) -> torch.dtype:
-    """The dtype of most matrix products of a step."""
-    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+def products_of(training: TrainingSpec) -> torch.dtype | None:
+    """The dtype to which a step casts its matrix products; None: that of the weights."""
+    return torch.bfloat16 if training.precision == "bf16" else None
 
 
 def rows_of(training: TrainingSpec, steps: int) -> int:
@@ -222,25 +232,40 @@ def generating(model: LoadedModel, tokens: float, speed: float) -> float:
 
 
 @cache
-def throughput(rows: int, width: int, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of [rows, width] x [width, 4 width] on this device.
+def throughput(
+    rows: int, width: int, weights: torch.dtype, products: torch.dtype | None = None
+) -> float:
+    """Measure a forward and a backward pass of an MLP block, with its norm, on this device.
 
-    It is measured once: the arms of a comparison differ in little else.
+    A product alone would say too much where it is fast: there casts, activations and the reading of
+    weights take most of the time. It is measured once: the arms of a comparison differ in little
+    else.
+
+    Args:
+        rows: Rows of its input, [rows, width].
+        width: Their width; the block is four times as wide inside.
+        weights: The dtype of its weights.
+        products: The dtype to which autocast casts its products (default: that of the weights).
+
+    Returns:
+        Floating-point operations per second.
     """
     device = process_device()
-    product = Timer(
-        "left @ right",
+    layers = nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
+    passes = Timer(
+        "with autocast: (states + block(states)).sum().backward()",
         globals={
-            "left": torch.ones(rows, width, dtype=dtype, device=device),
-            "right": torch.ones(width, 4 * width, dtype=dtype, device=device),
+            "block": nn.Sequential(nn.LayerNorm(width), *layers).to(device, weights),
+            "states": torch.ones(rows, width, dtype=weights, device=device),
+            "autocast": torch.autocast(device.type, products, enabled=products is not None),
         },
         num_threads=torch.get_num_threads(),
     )
     seconds: list[float] = []
     until = time.monotonic() + 0.5
     while len(seconds) < 3 or time.monotonic() < until:
-        seconds.append(product.timeit(1).median)
-    return 8 * rows * width * width / min(seconds)  # the minimum, as other programs may interfere
+        seconds.append(passes.timeit(1).median)
+    return 48 * rows * width * width / min(seconds)  # the minimum, as other programs may interfere
 
 
 def _forward(model: Any, work: Work) -> float:

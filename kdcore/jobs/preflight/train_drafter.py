@@ -18,11 +18,11 @@ from kdcore.jobs.preflight.drafter_cost import drafter_cost
 from kdcore.jobs.preflight.estimates import (
     ACTIVATIONS,
     bytes_of,
-    dtype_of,
     generating,
     of_chunk,
     of_trained,
     probed_rows,
+    products_of,
     rows_of,
     throughput,
 )
@@ -133,7 +133,7 @@ class _Drafting:
         """Purpose -> bytes at the peak of a step, beside the weights and their optimizer state."""
         training, width = self.spec.training, self.facts.hidden
         positions = training.batch_size * self.data["train"].longest
-        itemsize = dtype_of(training).itemsize
+        itemsize = (products_of(training) or torch.float32).itemsize
         return {
             "features": positions * (len(self.drafter.layers) + 1) * width * 4,
             # a level keeps as much as a layer of the target would
@@ -165,11 +165,15 @@ class _Drafting:
         train, held = self.data["train"], self.data.get("heldout")
         choosing = self.data.get("validation", held)
         rows = min(1024, max(1, round(training.batch_size * train.tokens)))
-        speed = throughput(rows, target.hidden, dtype_of(training))
+
+        def speed(products: torch.dtype | None, weights: torch.dtype = torch.float32) -> float:
+            return throughput(rows, target.hidden, weights, products)
+
         body = target.parameters - target.classes * target.hidden
         head = 2 * self.classes * target.hidden * train.learned * self.drafter.depth
-        forward = 2 * body * train.tokens + head
-        drafted = self._operations() + head
+        forward, drafted = 2 * body * train.tokens + head, self._operations() + head
+        own, autocast = self.target.model.dtype, products_of(training)
+        reading, learning = forward / speed(autocast, own), drafted / speed(autocast)
         steps = steps_of(spec, train)
         seen = rows_of(training, steps)
         chosen = steps // training.eval_every if training.eval_every else 0
@@ -185,11 +189,11 @@ class _Drafting:
         longest = spec.data.responses.max_new_tokens
         probed = probed_rows(training, steps)
         return {
-            "responses": generating(self.target, answers * longest, speed),
-            "hidden states": train.rows * forward / speed if stored else 0.0,
-            "training": seen * (forward * (not stored) + drafted * (1 + 2 * streams)) / speed,
-            "probing": probed * (forward + drafted * (1 + 2 * terms)) / speed,
-            "measuring": measured * (forward + drafted) / speed,
+            "responses": generating(self.target, answers * longest, speed(None, own)),
+            "hidden states": train.rows * forward / speed(None, own) if stored else 0.0,
+            "training": seen * (reading * (not stored) + learning * (1 + 2 * streams)),
+            "probing": probed * (reading + learning * (1 + 2 * terms)),
+            "measuring": measured * (forward / speed(None, own) + drafted / speed(None)),
         }
 
     @torch.no_grad()

@@ -410,7 +410,40 @@ def test_nothing_is_written(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
-def test_throughput_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_throughput_is_measured(
+    monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, products: torch.dtype | None
+) -> None:
     monkeypatch.undo()
-    speed = estimates.throughput(rows=64, width=32, dtype=torch.float32)
-    assert 1e6 < speed < 1e15
+    speed = estimates.throughput(rows=64, width=32, weights=weights, products=products)
+    assert 1e5 < speed < 1e15
+
+
+def test_each_pass_has_the_speed_of_its_dtype(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast holds for the training; the held-out rows are measured in the weights' dtype."""
+    monkeypatch.setattr(
+        estimates,
+        "throughput",
+        lambda weights, products, **_: 1e8 if torch.bfloat16 in (weights, products) else 1e6,
+    )
+    plain = report(folder, "data.heldout=20 %").seconds
+    cast = report(folder, "data.heldout=20 %", "training.precision=bf16").seconds
+    assert cast["training"] == pytest.approx(plain["training"] / 100)
+    assert cast["measuring"] == plain["measuring"] > 0
+    small = report(folder, "data.heldout=20 %", "student.dtype=bfloat16", "teacher.dtype=bfloat16")
+    assert small.seconds["measuring"] == pytest.approx(plain["measuring"] / 100)
+
+
+def test_answers_to_held_out_rows_take_time(folder: Path) -> None:
+    sets = ["data.heldout=20 %", "evaluation.answers=[rouge_l]", "evaluation.answer_tokens=7"]
+    plain, scored = report(folder, sets[0]), report(folder, *sets)
+    (student,) = (m for n, m in scored.models.items() if n == "student")
+    assert plain.heldout is not None and plain.heldout.rows > 0
+    more = 2 * student.parameters * 7 * plain.heldout.rows / (1e6 * estimates.DECODING)
+    measurements = 2  # before the training and after it
+    assert scored.seconds["measuring"] - plain.seconds["measuring"] == pytest.approx(
+        measurements * more
+    )
