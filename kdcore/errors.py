@@ -15,6 +15,8 @@ from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
+RERUN = "rerun with resume=True if the spec is unchanged, else with overwrite=True"
+"""The cure after a run failed: a plugin or the data may be mended, or the spec."""
 _LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 """What ``str.splitlines`` takes as the end of a line."""
 

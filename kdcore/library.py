@@ -285,7 +285,9 @@ def report(
     return place.resolve()
 
 
-def table(*folders: Run | Path | str, form: TableFormat = "markdown") -> str:
+def table(
+    *folders: Run | Path | str, form: TableFormat = "markdown", metrics: str | Sequence[str] = ()
+) -> str:
     """Write the results of runs as a table for a paper or another program.
 
     One run gives the table of its own job: held-out figures, a comparison or a benchmark. Several
@@ -296,18 +298,21 @@ def table(*folders: Run | Path | str, form: TableFormat = "markdown") -> str:
         *folders: Runs or their folders.
         form: ``"markdown"``, ``"latex"`` (for the package booktabs), or ``"csv"``, which has one
             line for each figure, with full precision.
+        metrics: Names of the figures of a comparison to show, in this order, or one name (default:
+            all).
 
     Returns:
         The text, with the intervals of all differences.
 
     Raises:
-        UserError: A folder does not contain a run, the runs were measured on different rows, or
-            the format is unknown.
+        UserError: A folder does not contain a run, a run has no results, the runs were measured on
+            different rows, or the format or a metric is unknown.
     """
     from kdcore.reporting.table_text import as_text, tables_of_runs
 
     places = [each.folder if isinstance(each, Run) else Path(each) for each in folders]
-    return as_text(tables_of_runs(places), form)
+    chosen = [metrics] if isinstance(metrics, str) else metrics
+    return as_text(tables_of_runs(places, chosen), form)
 
 
 def _refuse_other(place: Path, overwrite: bool) -> None:

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -159,7 +158,7 @@ def _failed(fault: Exception, debug: bool) -> int:
     if debug:
         tell_traceback()
     mistake(
-        f"internal error in {_whose(fault)}: {describe(fault)}",
+        f"internal error in {registry.installed().whose(fault)}: {describe(fault)}",
         "rerun the command with --debug and report the traceback",
     )
     return 1
@@ -216,19 +215,6 @@ def _is_kept(place: str) -> bool:
     from kdcore.models.folder.kept_files import cache_folder
 
     return Path(place).is_relative_to(cache_folder())
-
-
-def _whose(fault: Exception) -> str:
-    """Return the distribution whose code raised the exception, by the package of its module."""
-    found = registry.installed()
-    places = [(component.place, plugin) for component, plugin in found.components()]
-    places += [(place, plugin) for job, plugin in found.jobs() for _, place in job.places()]
-    owner = {place.split(".")[0].split(":")[0]: plugin for place, plugin in places}
-    for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):
-        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
-        if package in owner:
-            return f"{owner[package].distribution} {owner[package].version}"
-    return "kdcore or a plugin"
 
 
 def application() -> TyperGroup:

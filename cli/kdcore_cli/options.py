@@ -28,7 +28,9 @@ AsTable: TypeAlias = Annotated[
 Metric: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--metric", metavar="NAME", help="Metric to show (default: the first one measured)."
+        "--metric",
+        metavar="NAME",
+        help="Metric to show (default: the first one measured; with --table all).",
     ),
 ]
 Out: TypeAlias = Annotated[

@@ -106,6 +106,17 @@ class Registry:
         self._declaration(kind, name)
         return self._owner[kind, name][1]
 
+    def whose(self, fault: BaseException) -> str:
+        """The distribution whose code raised an exception, by the package of its module."""
+        places = [(component.place, plugin) for component, plugin in self.components()]
+        places += [(place, plugin) for job, plugin in self.jobs() for _, place in job.places()]
+        owner = {place.split(".")[0].split(":")[0]: plugin for place, plugin in places}
+        for frame, _ in reversed(list(traceback.walk_tb(fault.__traceback__))):
+            package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+            if package in owner:
+                return f"{owner[package].distribution} {owner[package].version}"
+        return "kdcore or a plugin"
+
     def component(self, kind: str, name: str) -> Component:
         """The declared component.
 

@@ -16,7 +16,7 @@ from kdcore.decoding.engines.protocols import Engine
 from kdcore.decoding.protocols import Drafter, Verifier
 from kdcore.decoding.sampling import Sampling, ShapedLogits, Shaping
 from kdcore.decoding.session import Session
-from kdcore.decoding.tree import DraftTree, Verdict, undrafted
+from kdcore.decoding.tree import DraftTree, Verdict, undrafted, well_formed
 from kdcore.decoding.trials.drafting_account import DraftingAccount
 from kdcore.decoding.trials.round_cost import measured_cost
 from kdcore.decoding.trials.tree_probe import refuse_unfaithful
@@ -181,7 +181,7 @@ class Decoder:
         Raises:
             UserError: A prompt is empty or too long for the context, or decoding could cross the
                 factors of LongRoPE (`kdcore.models.facts.refuse_crossing`), or the target gives NaN
-                or infinite logits.
+                or infinite logits, or the drafter no draft tree of these rows.
         """
         prompt, lengths = _left_aligned(input_ids, attention_mask)
         with self.session.serving():
@@ -198,6 +198,7 @@ class Decoder:
         prompts = lengths
         self.drafter.start(prompt[:, 0])
         account, backlog = self.account, Backlog()
+        by = f"the drafter {type(self.drafter).__name__}"
         if account is not None:
             account.start(len(prompt))
         self.session.start(len(prompt), committed.shape[1])
@@ -210,7 +211,8 @@ class Decoder:
             began = Moment(left.device)
             asked = account is None or account.asks()
             if asked:
-                tree = self.drafter.propose(*backlog.take(left > 0), generator)
+                proposal = self.drafter.propose(*backlog.take(left > 0), generator)
+                tree = well_formed(proposal, len(left), by)
             else:
                 tree = undrafted(len(left), left.device)
             proposed = Moment(left.device)

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdcore.errors import UserError
+from kdcore.method.records import of_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,33 @@ def backbone(depth: int, k: int, device: torch.device) -> TreeShape:
 def chain(depth: int, device: torch.device) -> TreeShape:
     """The shape with one candidate at each depth."""
     return backbone(depth, 1, device)
+
+
+def well_formed(proposed: Any, rows: int, by: str) -> DraftTree:
+    """What a drafter proposed; a tree of other sizes would fail in a pass of the target.
+
+    Args:
+        proposed: What it returned.
+        rows: B.
+        by: The drafter in the message.
+
+    Returns:
+        The tree.
+
+    Raises:
+        UserError: It is no draft tree, or its tensors are not those of B rows and N nodes.
+    """
+    if not isinstance(proposed, DraftTree):
+        raise UserError(
+            f"{by} proposed an object of type {type(proposed).__name__}, expected a DraftTree",
+            f"correct {by}; `kdcore plugins check PACKAGE` tests an installed package",
+        )
+    nodes = proposed.shape.parents.shape[-1]
+    of_shape(proposed.tokens, (rows, nodes), by, "tokens of a draft tree")
+    of_shape(proposed.mask, (rows, nodes), by, "a mask of a draft tree")
+    if (logp := proposed.logp) is not None:
+        of_shape(logp, (rows, nodes, logp.shape[-1]), by, "log-probs of a draft tree")
+    return proposed
 
 
 def undrafted(rows: int, device: torch.device) -> DraftTree:

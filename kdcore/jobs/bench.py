@@ -337,6 +337,7 @@ def _measured(
         decoded.tokens,
         cpu=None if elsewhere else busy,
         rounds=counter.rounds if counter else None,
+        emitted=counter.emitted if counter else None,
         draft=counted.draft_seconds if counted else None,
         verify=counted.verify_seconds if counted else None,
         accepted=counter.accepted if counter else None,

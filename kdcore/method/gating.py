@@ -37,7 +37,7 @@ def gate_chunk(
     """
     for label, gate in gates.items():
         found = gate(replace(logits, generator=generators[label]))
-        weighed = of_shape(found, logits.mask, f"gate '{label}'", "weights")
+        weighed = of_shape(found, logits.mask.shape, f"gate '{label}'", "weights")
         weights[label][chunk] = weighed[0].to(weights[label].dtype)
 
 
@@ -71,7 +71,7 @@ def gate_all(
         gate_chunk(plain, chunk.logits, chunk.place, weights, generators)
         for label, gate in ranked.items():
             found = gate.score(replace(chunk.logits, generator=generators[label]))
-            scores = of_shape(found, chunk.logits.mask, f"gate '{label}'", "scores")
+            scores = of_shape(found, chunk.logits.mask.shape, f"gate '{label}'", "scores")
             weights[label][chunk.place] = scores[0].to(weights[label].dtype)
     softening, every = None, {label: weights[label] for label in ranked}
     for label, scores in every.items():
@@ -90,10 +90,10 @@ def _rank(
     weights, factors = [scores[:0]], [scores[:0]]
     for those in torch.split(scores, positions.row_lengths) if by_row else [scores]:
         found = gate.weigh(those, positions.progress)
-        weights.append(of_shape(found, those, f"gate '{label}'", "weights"))
+        weights.append(of_shape(found, those.shape, f"gate '{label}'", "weights"))
         if temperatures is not None:
             softened = temperatures(those, found)
-            factors.append(of_shape(softened, those, f"gate '{label}'", "temperatures"))
+            factors.append(of_shape(softened, those.shape, f"gate '{label}'", "temperatures"))
     return torch.cat(weights), None if temperatures is None else torch.cat(factors)
 
 

@@ -209,7 +209,7 @@ class LossEngine:
         if self.objective.advantage is None:
             return positions
         found = self.objective.advantage(tokens)
-        found = of_shape(found, tokens.mask, "the advantage", "values")
+        found = of_shape(found, tokens.mask.shape, "the advantage", "values")
         return replace(positions, advantage=found.flatten()[place])
 
     def _shares(

@@ -193,8 +193,9 @@ class Objective:
         for name, part in parts.items():
             if name in self.weights:
                 found = self.part_divergences.get(name, divergence)(*part.compared)
-                value = of_shape(found, gate, f"the divergence of the term '{name}'", "values")
-                weight = of_shape(part.weight, gate, f"the splitter of '{name}'", "weights")
+                at = gate.shape
+                value = of_shape(found, at, f"the divergence of the term '{name}'", "values")
+                weight = of_shape(part.weight, at, f"the splitter of '{name}'", "weights")
                 terms[name] = tau**2 * weight * value
         if any(name in self.weights for name in (*OF_LABELS, POLICY)):
             classes_first = batch.student.movedim(-1, 1)

@@ -19,7 +19,7 @@ positions with B = 1 and T = the chunk's length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,12 @@ LOG_ZERO = -1e4
 """Finite substitute for log 0: its exp is exactly 0 in float32, and it never causes a NaN."""
 
 
-def of_shape(found: Any, like: Tensor, by: str, what: str) -> Tensor:
+def of_shape(found: Any, shape: Sequence[int], by: str, what: str) -> Tensor:
     """What a component returned; a shape that broadcasts would train without a word.
 
     Args:
         found: What it returned.
-        like: A tensor of the shape that was asked for.
+        shape: The shape that was asked for.
         by: The component in the message, e.g. "gate 'speckd'".
         what: What it returns, e.g. "weights".
 
@@ -47,12 +47,12 @@ def of_shape(found: Any, like: Tensor, by: str, what: str) -> Tensor:
     Raises:
         UserError: It is no tensor, or one of another shape.
     """
-    if isinstance(found, Tensor) and found.shape == like.shape:
+    if isinstance(found, Tensor) and found.shape == torch.Size(shape):
         return found
     a_tensor = isinstance(found, Tensor)
     got = f"shape {list(found.shape)}" if a_tensor else f"type {type(found).__name__}"
     raise UserError(
-        f"{by} returned {what} of {got}, expected a tensor of shape {list(like.shape)}",
+        f"{by} returned {what} of {got}, expected a tensor of shape {list(shape)}",
         f"correct {by}; `kdcore plugins check PACKAGE` tests an installed package",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -34,7 +35,8 @@ def compared(runs: Sequence[RunRecord]) -> Comparison:
         runs: Runs of the jobs that train, at least two.
 
     Returns:
-        The comparison, with one arm for each method; an arm is named after its first run.
+        The comparison, with one arm for each method. An arm of several seeds has the name that its
+        runs share without their seeds, another one that of its first run.
 
     Raises:
         UserError: A run has no held-out results, or the runs were measured on different rows or
@@ -110,7 +112,18 @@ def _arms(runs: Sequence[RunRecord], specs: Mapping[str, Any]) -> dict[str, dict
         while seed in groups.get(method, {}):  # the same run twice is two arms
             method += " again"
         groups.setdefault(method, {})[seed] = run
-    return {next(iter(arm.values())).name: arm for arm in groups.values()}
+    arms = [*groups.values()]
+    shared = [*map(_shared_name, arms)]
+    if len(set(shared)) < len(arms):
+        shared = [next(iter(arm.values())).name for arm in arms]
+    return dict(zip(shared, arms, strict=True))
+
+
+def _shared_name(arm: _Seeds) -> str:
+    """The runs' name without their seeds, as of kd-0 and kd-1; else that of the first run."""
+    first, *others = [run.name for run in arm.values()]
+    named = {re.sub(rf"(?:seed|[-_/. ])*{seed}$", "", run.name) for seed, run in arm.items()}
+    return named.pop() if others and len(named) == 1 and "" not in named else first
 
 
 def _rows(run: RunRecord) -> Measured:

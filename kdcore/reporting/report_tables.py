@@ -293,6 +293,12 @@ def _whole(headings: list[str], rows: Sequence[Sequence[Cell]]) -> Table:
     return Table([headings[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
+def seeds_of(comparison: Comparison) -> str:
+    """The seeds over which the figures are means."""
+    seeds = ", ".join(map(str, comparison.seeds))
+    return f"means over seeds {seeds}" if len(comparison.seeds) > 1 else f"seed {seeds}"
+
+
 def notes(comparison: Comparison) -> Iterator[str]:
     """Yield notes on few or missing seeds, optimistic figures, and the choice of grid points."""
     if all(len(arm.seeds) <= 1 for arm in comparison.arms):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcore.errors import UserError
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.runs.comparison_results import BENCH_RESULTS, COMPARISON, BenchResults, Comparison
 from kdcore.runs.facts import RunFacts
@@ -85,8 +86,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         The records, in order.
 
     Raises:
-        UserError: A folder is not a run folder, or a file does not have kdcore's format.
+        UserError: There is no folder, one is not a run folder, or a file does not have kdcore's
+            format.
     """
+    if not folders:
+        raise UserError("no run is named", "name the folder of a run, e.g. runs/distill")
     for folder in folders:
         refuse_no_run(folder)
     whole = list(dict.fromkeys(folder.resolve() for folder in folders))

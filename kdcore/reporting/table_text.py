@@ -11,7 +11,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -25,6 +25,7 @@ from kdcore.reporting.report_tables import (
     controls_table,
     held_out_table,
     notes,
+    seeds_of,
     turns_table,
 )
 from kdcore.reporting.run_record import RunRecord, read_runs
@@ -35,7 +36,7 @@ TableFormat: TypeAlias = Literal["csv", "latex", "markdown"]
 """A text format of tables."""
 
 
-_BELOW = "the second number in a cell is the difference from it, with a 95 % interval"
+_BELOW = "below a figure is its difference from the baseline's, with a 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,46 @@ class Tables:
     notes: Sequence[str] = ()
 
 
-def tables_of_runs(folders: Sequence[Path]) -> Tables:
+def tables_of_runs(folders: Sequence[Path], metrics: Sequence[str] = ()) -> Tables:
     """Collect the tables of one run, or of a comparison of several finished ones.
 
     Args:
         folders: The run folders; of several, the first run is the baseline.
+        metrics: The figures of a comparison to show, in this order (default: all).
 
     Returns:
         The tables.
 
     Raises:
-        UserError: A folder is not a run folder, or `compared` refuses the runs.
+        UserError: A folder is not a run folder, a run has no results, `compared` refuses the runs,
+            or a metric was not measured or chosen of a run that is no comparison.
     """
     runs = read_runs(folders)
-    if len(runs) > 1:
-        return tables_of(compared(runs))
-    (run,) = runs
-    return tables_of(run.comparison or run.bench or run)
+    first = runs[0]
+    if len(runs) == 1 and not (first.comparison or first.bench or first.results):
+        raise UserError(
+            f"the run {first.name} has no results; its status is '{first.status}'",
+            "name a run of a job that measures"
+            if first.status == "done"
+            else "finish the run with resume=True",
+        )
+    outcome = compared(runs) if len(runs) > 1 else first.comparison or first.bench or first
+    if not metrics:
+        return tables_of(outcome)
+    if not isinstance(outcome, Comparison):
+        raise UserError(
+            f"a metric is chosen of a comparison, and the run {first.name} is none",
+            "choose none, or name a second run",
+        )
+    return tables_of(_only(outcome, metrics))
+
+
+def _only(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
+    measured = {metric.name: metric for metric in comparison.metrics}
+    for name in metrics:
+        if name not in measured:
+            raise UserError(f"unknown metric '{name}'", nearest(name, measured))
+    return replace(comparison, metrics=[measured[name] for name in metrics])
 
 
 def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
@@ -80,10 +104,10 @@ def tables_of(outcome: Comparison | BenchResults | RunRecord) -> Tables:
         controls = controls_table(outcome)
         shown = [comparison_table(outcome), *([controls] if controls else [])]
         headings = ["arm", "figure", "mean", "seeds", "minus", "difference", "low", "high"]
-        said = [*notes(outcome)]
+        said = [seeds_of(outcome)]
         if len(outcome.arms) > 1:
-            said = [f"{outcome.baseline} is the baseline; {_BELOW}", *said]
-        return Tables(shown, headings, [*_compared(outcome)], said)
+            said += [f"{outcome.baseline} is the baseline; {_BELOW}"]
+        return Tables(shown, headings, [*_compared(outcome)], [*said, *notes(outcome)])
     if isinstance(outcome, BenchResults):
         headings = ["method", "temperature", "batch_size", "threads", "turn", "tokens_per_second"]
         headings += [
@@ -175,7 +199,7 @@ def _markdown(tables: Tables) -> str:
     blocks = []
     for table in tables.shown:
         rows = [[*map(_plain, table.headings)], ["---"] + ["---:"] * (len(table.headings) - 1)]
-        rows += [[_both(cell, "<br>", _plain) for cell in row] for row in table.rows]
+        rows += [["<br>".join(map(_plain, _parts(cell))) for cell in row] for row in table.rows]
         blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join([*blocks, *map(_plain, tables.notes)]) + "\n"
 
@@ -185,7 +209,8 @@ def _latex(tables: Tables) -> str:
     blocks = []
     for table in tables.shown:
         columns = "l" + "r" * (len(table.headings) - 1)
-        body = [" & ".join(_both(cell, " ", _escaped) for cell in row) for row in table.rows]
+        texts = [text for row in table.rows for text in _lines(row)]
+        body = [" & ".join(map(_escaped, line)) for line in texts]
         lines = [
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
@@ -200,8 +225,14 @@ def _latex(tables: Tables) -> str:
     return "\n\n".join([*blocks, *(f"% {_one_line(note)}" for note in tables.notes)]) + "\n"
 
 
-def _both(cell: Cell, between: str, escaped: Callable[[str], str]) -> str:
-    return between.join(escaped(text) for text in (cell.text, cell.below) if text)
+def _parts(cell: Cell) -> list[str]:
+    return [text for text in (cell.text, cell.below) if text]
+
+
+def _lines(row: Sequence[Cell]) -> list[list[str]]:
+    """The lines of a row: what stands below its figures has a line of its own."""
+    lines = [[cell.text for cell in row], [cell.below for cell in row]]
+    return lines if any(lines[1]) else lines[:1]
 
 
 def _plain(text: str) -> str:

@@ -115,7 +115,10 @@ class BenchSpec(SpecModel):
         }
         for names in kinds.values():
             if PLAIN in names:
-                raise ValueError(f"the method name '{PLAIN}' is reserved: choose another name")
+                raise ValueError(
+                    f"the method name '{PLAIN}' is reserved for decoding without a drafter, which "
+                    "is always measured: leave it out, or choose another name"
+                )
         for (kind, names), (other, others) in combinations(kinds.items(), 2):
             for name in names.keys() & others.keys():
                 raise ValueError(f"'{name}' names a {kind} and a {other}: choose another name")

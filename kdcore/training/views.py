@@ -17,7 +17,7 @@ from kdcore.data.caches.hidden_states import HiddenStates
 from kdcore.decoding.protocols import TrainedDrafter
 from kdcore.errors import UserError
 from kdcore.method.logits import HiddenLogits, RepeatedLogits, TeacherLogits
-from kdcore.method.records import Batch
+from kdcore.method.records import Batch, of_shape
 from kdcore.models.anatomy import head_of, layer_count
 from kdcore.models.device import sent
 from kdcore.models.features import FeatureTap
@@ -157,18 +157,26 @@ class DrafterView:
 
         Returns:
             The drafter's logits and the target's.
+
+        Raises:
+            UserError: The drafter does not return hidden states [B, T, D, H].
         """
         tokens = batch.inputs["input_ids"]
         features, final = self.read(batch)
-        drafted = model(tokens, features)
         positions, depth = batch.positions_on_cpu, batch.mask.shape[1]
+        classes, width = self.drafter.head.shape
+        drafted = of_shape(
+            model(tokens, features),
+            (*tokens.shape, depth, width),
+            f"the drafter {type(self.drafter).__name__}",
+            "hidden states",
+        )
         # Level i of anchor r predicts the token at r + 1 + i, as the target does at r + i.
         reading = positions // depth + positions % depth + 1
         read, place = torch.unique(reading, return_inverse=True)
         predicting = final.flatten(0, 1)[sent(read, final.device)]
         vocabulary = self.drafter.vocabulary
         head = self.head() if vocabulary is None else self.head().rows(vocabulary)
-        classes, _ = self.drafter.head.shape
         return (
             HiddenLogits(drafted.flatten(0, 2)[batch.positions], self.drafter.head, classes),
             RepeatedLogits(

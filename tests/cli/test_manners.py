@@ -477,14 +477,15 @@ def test_strictness_turns_warnings_into_errors(tmp_path: Path) -> None:
 
 
 def test_a_fault_in_a_plugins_code_names_its_distribution() -> None:
+    from kdcore.components.registry import installed
     from kdcore_speckd.gate import greedy
 
     with pytest.raises(AttributeError) as fault:
         greedy(None, 5)  # type: ignore[arg-type]
-    assert main._whose(fault.value) == f"kdcore {main.version('kdcore')}"
+    assert installed().whose(fault.value) == f"kdcore {main.version('kdcore')}"
     with pytest.raises(ZeroDivisionError) as ours:
         _ = 1 / 0
-    assert main._whose(ours.value) == "kdcore or a plugin"
+    assert installed().whose(ours.value) == "kdcore or a plugin"
 
 
 @pytest.mark.parametrize("option", ["--out", "--output", "-o"])

@@ -115,7 +115,7 @@ def _show_runs(
     if len(folders) == 1 and not form and not metric:
         _show_run(folders[0], as_json)
     elif form:
-        print_tables(folders, form)
+        print_tables(folders, form, metric)
     else:
         runs = read_runs(folders)
         outcome = runs[0].comparison if len(runs) == 1 else compared(runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes
+from kdcore.reporting.report_tables import Cell, as_written, costs, difference, notes, seeds_of
 from kdcore.runs.comparison_results import Comparison
 from kdcore_cli.terminal.console import with_options
 from kdcore_cli.terminal.tables import keep_together, table
@@ -50,11 +50,8 @@ def show_comparison(console: Console, outcome: Comparison, metric: str) -> None:
                 beside.add_row(arm.arm, control, Text(shown.text, COLOURS[shown.style]))
         keep_together(beside.columns[2])
         console.print(beside)
-    several = len(outcome.seeds) > 1
-    seeds = ("means over seeds " if several else "seed ") + ", ".join(map(str, outcome.seeds))
     console.print(
-        f"{seeds}; a coloured difference has an interval without 0",
-        style="dim",
+        f"{seeds_of(outcome)}; a coloured difference has an interval without 0", style="dim"
     )
     for note in notes(outcome):
         console.print(note, style="dim")

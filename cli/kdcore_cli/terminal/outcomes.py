@@ -88,7 +88,7 @@ def _show_comparison(
     outcome = _drawn(run, "comparison.html").comparison
     assert outcome is not None, "which the job has just written"
     if table:
-        print_tables([run.folder], table)
+        print_tables([run.folder], table, metric)
         return
     print_comparison(outcome, as_json, metric)
     if not as_json:
@@ -119,16 +119,17 @@ def print_comparison(outcome: "Comparison", as_json: bool, metric: str | None) -
         show_comparison(console.out(), outcome, metric)
 
 
-def print_tables(folders: Sequence[Path], form: "TableFormat") -> None:
+def print_tables(folders: Sequence[Path], form: "TableFormat", metric: str | None = None) -> None:
     """Print the tables of runs in a text format.
 
     Args:
         folders: Run folders.
         form: The format.
+        metric: Name of the metric to show (default: all).
     """
     from kdcore.reporting.table_text import as_text, tables_of_runs
 
-    console.write(as_text(tables_of_runs(folders), form))
+    console.write(as_text(tables_of_runs(folders, [metric] if metric else []), form))
 
 
 def _show_bench(run: "Run", as_json: bool, table: AsTable = None) -> None:

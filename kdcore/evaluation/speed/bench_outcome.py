@@ -53,6 +53,9 @@ class Measurement:
         cpu: Seconds of this process on the CPU, all threads together; None for a server.
         rounds: Verifications, as a server counts them for its answers (see
             `kdcore.evaluation.speed.served_decoder`); None for a method that does not count them.
+        emitted: Tokens of these verifications; None as for ``rounds``, and in the files of versions
+            that did not write it. A server's first token of an answer is not one of them, and a
+            drafted end token has no bonus token after it.
         draft: Seconds of drafting; None for a server.
         verify: Seconds of verification; None for a server.
         accepted: Number of accepted nodes -> number of rounds.
@@ -80,6 +83,7 @@ class Measurement:
     identical: float | None = None
     agreed: float | None = None
     undrafted: int | None = None
+    emitted: int | None = None
 
     @property
     def cell(self) -> Cell:
@@ -181,7 +185,7 @@ def _rounds(own: Sequence[Measurement]) -> dict[str, Any]:
     for m in own:
         for count, times in (m.accepted or {}).items():
             accepted[count] = accepted.get(count, 0) + times
-    emitted = sum((count + 1) * times for count, times in accepted.items())
+    emitted = sum(m.tokens if m.emitted is None else m.emitted for m in own)
     reached = [sum(n for c, n in accepted.items() if c >= k) for k in range(max(accepted) + 1)]
     undrafted = sum(m.undrafted or 0 for m in own)
     reached[0] -= undrafted

@@ -307,7 +307,8 @@ def carry_out_cell(asked: dict[str, Any], tell: Callable[[Message], None]) -> No
         plain_one = wrong if known else UserError(wrong.cause, wrong.cure, wrong.field)
         tell(Failed(plain_one, traceback.format_exc()))
     except Exception as fault:
-        tell(Failed(UserError(describe(fault), "report its traceback"), traceback.format_exc()))
+        cause = f"internal error in {installed().whose(fault)}: {describe(fault)}"
+        tell(Failed(UserError(cause, "report its traceback"), traceback.format_exc()))
 
 
 def _peak_memory() -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from kdcore.errors import UserError
+from kdcore.errors import RERUN, UserError
 from kdcore.evaluation.bootstrap import paired_differences
 from kdcore.jobs.comparison.cells import (
     Cell,
@@ -18,8 +19,6 @@ from kdcore.runs.comparison_results import Arm, ChosenBy, Comparison, GridPoint
 from kdcore.runs.inputs import refuse_mixed
 from kdcore.runs.results import CELL_COST, HELDOUT_ROWS, Cost, Difference, Measured, means_over
 from kdcore.specs.compare import CompareSpec
-
-_RERUN = "rerun with resume=True if the spec is unchanged, else with overwrite=True"
 
 
 def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
@@ -46,10 +45,10 @@ def outcome(spec: CompareSpec, cells: Sequence[Cell]) -> Comparison:
     if theirs is None:
         lost = [failures[c.name] for c in cells if c.arm == baseline and c.name in failures]
         causes = dict.fromkeys(line for each in lost for line in each.cause.splitlines())
-        cures = dict.fromkeys(line for each in lost for line in each.cure.splitlines())
+        cures = dict.fromkeys(cure for each in lost for cure in re.split("\n|; ", each.cure))
         raise UserError(
             f"every cell of the baseline '{baseline}' failed: {'; '.join(causes)}",
-            "; ".join((*cures, _RERUN)),
+            "; ".join(cures | {RERUN: None}),
         )
     done.sort(key=lambda cell: cell.arm != baseline)  # the baseline's metrics are shown first
     controls = dict.fromkeys(cell.arm for cell in cells if "+" in cell.arm)

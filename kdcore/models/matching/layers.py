@@ -211,7 +211,7 @@ def _distances(
     matcher: Matcher, student: Sequence[Tensor], teacher: Sequence[Tensor], like: Tensor
 ) -> Tensor:
     return of_shape(
-        matcher(student, teacher), like, f"the matcher {type(matcher).__name__}", "distances"
+        matcher(student, teacher), like.shape, f"the matcher {type(matcher).__name__}", "distances"
     )
 
 

@@ -25,7 +25,7 @@ from kdcore.data.batching.faults import raise_fault
 from kdcore.data.batching.grouping import set_epoch
 from kdcore.data.responses.on_policy import OnPolicy
 from kdcore.data.rows import batch_of, tokens_of
-from kdcore.errors import TrainingDiverged
+from kdcore.errors import RERUN, TrainingDiverged
 from kdcore.method.gating import refuse_outside
 from kdcore.method.generators import generator_at
 from kdcore.method.loss_engine import LossEngine, StepLoss
@@ -361,6 +361,5 @@ class DistillationTrainer(CheckpointingTrainer):
             refuse_outside(counts, micro.engine.objective.gates, f"{at}; rows: {ids}")
         raise TrainingDiverged(
             f"the loss is not finite {at} ({terms}){told}; rows: {ids}",
-            f"check these rows{also}, or lower training.learning_rate; then rerun with "
-            "overwrite=True",
+            f"check these rows{also}, or lower training.learning_rate; {RERUN}",
         )

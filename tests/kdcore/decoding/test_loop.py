@@ -3,6 +3,8 @@
 import functools
 import string
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -246,3 +248,23 @@ def test_the_last_positions_of_the_context_may_be_drafted_beyond() -> None:
 def test_a_greedy_verifier_does_not_sample() -> None:
     with pytest.raises(UserError, match="temperature"):
         Decoder(tiny("llama"), Nothing(None, None), GREEDY, Sampling(temperature=0.7))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (lambda tree: replace(tree, tokens=tree.tokens[:, 1:]), "returned tokens of a draft tree"),
+        (lambda tree: replace(tree, mask=tree.mask[:1]), "returned a mask of a draft tree"),
+        (
+            lambda tree: replace(tree, logp=torch.zeros(1, 3, 9)),
+            "returned log-probs of a draft tree",
+        ),
+        (lambda tree: tree.tokens, "proposed an object of type Tensor, expected a DraftTree"),
+    ],
+)
+def test_a_drafter_whose_draft_has_another_form_is_named(wrong: Any, cause: str) -> None:
+    drafter: Any = Levels(clueless(DEPTH, CLASSES))
+    propose = drafter.propose
+    drafter.propose = lambda *given: wrong(propose(*given))
+    with pytest.raises(UserError, match=f"^the drafter Levels {cause}"):
+        decode("llama", drafter, 2, Stop(4))

@@ -257,12 +257,16 @@ def test_the_figures_by_hand() -> None:
         }
         done.append(measured(batch, "fast", seconds, **rounds))
         rested = rounds | {"rounds": 10, "accepted": {0: 6, 1: 1, 2: 3}, "undrafted": 5}
+        rested["emitted"] = 17
         done.append(measured(batch, "rested", seconds, **rested))
     (row,) = [r for r in outcome(spec, done).rows if r.method == "fast"]
     speedup = row.speedup["generate"]
     assert speedup.sets == {"a": 2.0} and speedup.low is not None and speedup.high is not None
     assert speedup.low >= 1.0 and speedup.high <= 4.0
     assert row.tau == pytest.approx(36 / 15)
+    ended = [replace(m, emitted=11) for m in done]  # a drafted end has no bonus token after it
+    (early,) = [r for r in outcome(spec, ended).rows if r.method == "fast"]
+    assert early.tau == pytest.approx(33 / 15) and early.acceptance == row.acceptance
     assert row.acceptance == pytest.approx([0.8, 0.75])
     assert (row.draft_ms, row.verify_ms) == (100.0, 200.0)
     assert row.predicted == pytest.approx(2.4 * 300 / (100 + 200))

@@ -67,14 +67,29 @@ def test_runs_that_differ_by_their_seed_are_one_arm(tmp_path: Path) -> None:
         for seed, sums in enumerate(arms)
     ]
     found = compared(read_runs(folders))
-    assert found.baseline == "all-0" and found.seeds == [0, 1]
-    assert [(arm.arm, arm.seeds) for arm in found.arms] == [("all-0", [0, 1]), ("speckd-0", [0, 1])]
+    assert found.baseline == "all" and found.seeds == [0, 1]
+    assert [(arm.arm, arm.seeds) for arm in found.arms] == [("all", [0, 1]), ("speckd", [0, 1])]
     base, other = found.arms
     assert base.figures["teacher_kl"] == pytest.approx((60 + 66) / 60)
     assert base.differences == {}
     expected = paired_differences([*map(measured, gated)], [*map(measured, kd)])
     assert other.differences == expected
     assert other.cost is not None and other.cost.seconds == 3.0 and other.cost.tokens == 200.0
+
+
+def test_arms_whose_runs_share_one_name_keep_two(tmp_path: Path) -> None:
+    names = {"kd-0": ("all", 0), "kd-1": ("all", 1), "kd_0": ("speckd", 0), "kd_1": ("speckd", 1)}
+    folders = [
+        trained(tmp_path / name, [10.0, 20.0], seed=seed, gate=gate)
+        for name, (gate, seed) in names.items()
+    ]
+    assert [arm.arm for arm in compared(read_runs(folders)).arms] == ["kd-0", "kd_0"]
+    cells = [
+        trained(tmp_path / f"cells/{arm}/seed-{seed}", [10.0, 20.0], seed=seed, gate=arm)
+        for arm in ("kd", "speckd")
+        for seed in (0, 10)
+    ]
+    assert [arm.arm for arm in compared(read_runs(cells)).arms] == ["kd", "speckd"]
 
 
 def test_runs_of_other_seeds_are_paired_by_row(tmp_path: Path) -> None:
@@ -167,7 +182,8 @@ def test_what_is_markup_in_a_paper_is_escaped(tmp_path: Path) -> None:
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     assert "-0.500 [-0.750, -0.250]" in markdown
     for said in (latex, markdown):
-        assert "kd is the baseline; the second number in a cell is the difference from it" in said
+        assert "kd is the baseline; below a figure is its difference from the baseline's" in said
+        assert "means over seeds 0, 1\n" in said
     assert set(re.findall(r"<\w+", markdown)) == {"<br"}
     lines = [*csv.DictReader(io.StringIO(kdcore.table(folder, form="csv")))]
     assert [line["arm"] for line in lines] == ["kd", HOSTILE, "failed"]
@@ -197,7 +213,10 @@ def tabulars(latex: str) -> list[list[list[str]]]:
 
 def test_every_table_is_latex_that_compiles(tmp_path: Path) -> None:
     folder = run_folders.compared(tmp_path / "compared")
-    assert len(tabulars(kdcore.table(folder, form="latex"))[0]) == 4
+    heading, kd, hostile, below, failed = tabulars(kdcore.table(folder, form="latex"))[0]
+    assert [row[0].strip() for row in (heading, kd, below, failed)] == ["arm", "kd", "", "failed"]
+    assert below[-1].strip() == "$-$0.500 [$-$0.750, $-$0.250]", "below its figure"
+    assert [row[-1].strip() for row in (kd, hostile)] == ["2.000", "1.500"]
     for make in (run_folders.distilled, run_folders.benched):
         folder = make(tmp_path / make.__name__)
         assert tabulars(kdcore.table(folder, form="latex"))
@@ -218,3 +237,52 @@ def test_a_training_and_a_benchmark_have_tables_too(tmp_path: Path) -> None:
     assert r"$\times$ generate [95 \%]" in kdcore.table(bench, form="latex")
     with pytest.raises(UserError, match="unknown table format 'latx'"):
         kdcore.table(bench, form="latx")  # type: ignore[arg-type]
+
+
+def test_a_table_may_have_a_choice_of_the_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = [
+        {"name": name, "title": name, "format": ".1f", "better": "lower"}
+        for name in ("teacher_kl", "tau")
+    ]
+    folder = run_folders.compared(tmp_path / "compared")
+    file = folder / "comparison.json"
+    written = json.loads(file.read_text())
+    written["metrics"] = metrics
+    for arm in written["arms"]:
+        if "figures" in arm:
+            arm["figures"]["tau"] = 2.0
+    file.write_text(json.dumps(written))
+    [both] = tabulars(kdcore.table(folder, form="latex"))
+    [chosen] = tabulars(kdcore.table(folder, form="latex", metrics=["tau"]))
+    assert kdcore.table(folder, metrics="tau") == kdcore.table(folder, metrics=["tau"])
+    assert [cell.strip() for cell in both[0][-2:]] == ["teacher\\_kl", "tau"]
+    assert both[0][-3].strip() == chosen[0][-2].strip() and chosen[0][-1].strip() == "tau"
+    assert command_line(["evaluate", str(folder), "--metric", "tau", "--table", "csv"]) == 0
+    lines = [*csv.DictReader(io.StringIO(capsys.readouterr().out))]
+    assert {line["figure"] for line in lines} == {"tau"}
+    with pytest.raises(UserError, match="unknown metric 'tua'") as wrong:
+        kdcore.table(folder, metrics=["tua"])
+    assert wrong.value.cure == "did you mean 'tau'?"
+    training = run_folders.distilled(tmp_path / "distilled")
+    with pytest.raises(UserError, match="the run distilled is none"):
+        kdcore.table(training, metrics=["teacher_kl"])
+
+
+@pytest.mark.parametrize("show", [kdcore.table, kdcore.report])
+def test_no_run_is_a_mistake_of_the_caller(show: Any) -> None:
+    with pytest.raises(UserError, match="no run is named"):
+        show()
+
+
+def test_an_interrupted_comparison_has_no_empty_table(tmp_path: Path) -> None:
+    folder = run_folders.compared(tmp_path / "compared")
+    (folder / "comparison.json").unlink()
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"status": "interrupted"}))
+    with pytest.raises(UserError) as refused:
+        kdcore.table(folder)
+    assert refused.value.cause == "the run compared has no results; its status is 'interrupted'"
+    assert refused.value.cure == "finish the run with resume=True"

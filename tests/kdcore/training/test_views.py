@@ -96,6 +96,30 @@ def test_the_target_s_logits_of_a_position_are_computed_once_in_a_chunk() -> Non
     assert len(logits.features) == len(positions)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda hidden: hidden[:, :, 0], "shape [2, 16, 32]"),
+        (lambda hidden: hidden[:, :, :3], "shape [2, 16, 3, 32]"),
+        (lambda hidden: hidden[..., 1:], "shape [2, 16, 4, 31]"),
+        (lambda hidden: (hidden,), "type tuple"),
+    ],
+)
+def test_a_drafter_whose_hidden_states_have_another_shape_is_named(wrong: Any, got: str) -> None:
+    """Levels or anchors that are taken for others would fail far away, or train without a word."""
+    target = tiny("llama")
+    drafter = bound("medusa", target, depth=4)
+    batch = anchored(prompts(2), drafter)
+    rows, length = batch.inputs["input_ids"].shape
+    with pytest.raises(UserError) as refused:
+        DrafterView(target, drafter)(lambda *given: wrong(drafter(*given)), batch)
+    got = got.replace("[2, 16", f"[{rows}, {length}")
+    assert refused.value.cause == (
+        f"the drafter {type(drafter).__name__} returned hidden states of {got}, expected a tensor "
+        f"of shape [{rows}, {length}, 4, 32]"
+    )
+
+
 class Products(TorchDispatchMode):
     """The rows that a head multiplies."""
 

@@ -316,7 +316,11 @@ def test_a_failed_cell_tells_its_cure_and_keeps_its_traceback(tmp_path: Path, si
     assert ended.returncode == 2
     for seed, cause, cure in (
         (0, "the table is empty", "fill it"),
-        (1, "KeyError: 'the first cause'", "report its traceback"),
+        (
+            1,
+            "internal error in fit-plugin 1.0: KeyError: 'the first cause'",
+            "report its traceback",
+        ),
     ):
         lines = [f"kd, seed {seed} failed: {cause}", f"  fix: {cure}"]
         lines.append(f"  traceback: {cells / f'seed-{seed}.traceback.txt'}")
@@ -326,7 +330,7 @@ def test_a_failed_cell_tells_its_cure_and_keeps_its_traceback(tmp_path: Path, si
         assert 'File "' in kept and "KeyError: 'the first cause'" in kept, "the first one too"
     assert said[-2:] == [
         "error: every cell of the baseline 'kd' failed: the table is empty; "
-        "KeyError: 'the first cause'",
+        "internal error in fit-plugin 1.0: KeyError: 'the first cause'",
         "  fix: fill it; report its traceback; rerun with --resume if the spec is unchanged, else "
         "with --overwrite",
     ]

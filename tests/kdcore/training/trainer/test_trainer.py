@@ -320,6 +320,7 @@ def test_a_gate_whose_weights_are_not_finite_is_named(tmp_path: Path, floor: flo
     with pytest.raises(TrainingDiverged, match=said) as stopped:
         made.train()
     assert f"check these rows and gate '{label}'" in stopped.value.cure
+    assert "rerun with resume=True if the spec is unchanged" in stopped.value.cure
 
 
 @pytest.mark.parametrize("weight", [-0.5, 1.5])
