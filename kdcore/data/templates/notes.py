@@ -37,6 +37,7 @@ NO_PROMPT = (
     "it out"
 )
 OTHER_TOKENIZER = "a response was generated with another tokenizer; its text is learned"
+PADDING = "a response has ids from the padding of a vocabulary; its text is learned instead"
 
 
 def lost(message: Message, shown: str, template: str) -> tuple[str, ...]:
