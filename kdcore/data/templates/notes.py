@@ -9,7 +9,7 @@ from typing import Any
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.rendering import REASONING, names
 
-NOTES_RULE = 1
+NOTES_RULE = 2
 """Version of the notes, which are stored with encoded rows; those under another version are encoded
 again."""
 
