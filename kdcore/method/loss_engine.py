@@ -247,6 +247,8 @@ class _StreamLoss:
             retain_graph: Whether another stream reads the same graph.
         """
         self._value += loss.detach()
+        if torch.is_inference_mode_enabled():  # only the value can be asked for
+            return
         hidden, linear = learned.hidden, learned.linear
         # unused: a stream of features alone does not reach the head, others no features
         to_hidden, *to_linear = torch.autograd.grad(

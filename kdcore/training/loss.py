@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcore.components.choice import Choice
 from kdcore.components.construction import ChoiceBuilder, protocols_of
@@ -15,22 +15,25 @@ from kdcore.components.registry import Registry, installed
 from kdcore.errors import UserError, with_article
 from kdcore.method.gating import refuse_outside
 from kdcore.method.generators import generator_at
-from kdcore.method.logits import Head, HiddenLogits, no_teacher
+from kdcore.method.logits import HiddenLogits, no_teacher
 from kdcore.method.loss_engine import LossEngine, StepLoss
 from kdcore.method.protocols import Divergence, MomentumPolicy
 from kdcore.method.records import Batch
 from kdcore.method.schedule import Points
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.reading.mistakes import mistakes
+from kdcore.training.loss_tensors import (
+    IGNORED,
+    Logits,
+    classes_of,
+    learned_rows,
+    made_of,
+    refuse_other_types,
+    refuse_unlike,
+    whole_of,
+)
 from kdcore.training.method import labelled, objective_of
 from kdcore.training.step_scores import StepScores
-
-IGNORED = -100
-"""The label of a position that is not learned, as transformers has it."""
-
-Logits: TypeAlias = Tensor | tuple[Tensor, "nn.Linear | Head"]
-"""Logits [B, T, V], or hidden states [B, T, H] and the linear head that makes logits of them;
-without T for a classifier."""
 
 
 class DistillationLoss:
@@ -86,6 +89,9 @@ class DistillationLoss:
         advantage: Any = None,
         registry: Registry | None = None,
     ) -> None:
+        for name, count in {"classes": classes, "steps": steps, "chunk": chunk}.items():
+            if count is not None and count < 1:
+                raise UserError(f"{name}={count} is below 1", f"pass {name}=1 or more")
         context = ChoiceBuilder(registry or installed())
         chosen = {
             "gate": [_chosen("gates", gate, context) for gate in gates],
@@ -165,7 +171,8 @@ class DistillationLoss:
             [] the loss: its backward gives the sum of the streams' gradients.
 
         Raises:
-            UserError: Tensors that do not fit each other, a missing teacher or reference.
+            UserError: Tensors of a wrong type or that do not fit each other, a label that is not a
+                class, a wrong ``num_items``, a missing teacher or reference.
         """
         losses = self.by_stream(
             student,
@@ -220,7 +227,9 @@ class DistillationLoss:
             )
         whose = {"student": student, "teacher": teacher, "reference": reference}
         given = {who: logits for who, logits in whose.items() if logits is not None}
-        self._refuse_unlike(given, labels)
+        refuse_other_types(given, labels, mask)
+        refuse_unlike(given, labels, self.classes)
+        labels = labels.long()
         learned = labels != IGNORED if mask is None else (labels != IGNORED) & mask.bool()
         last = labels.shape[-1]
         if labels.ndim == 1:  # a classifier's rows have one position
@@ -238,14 +247,17 @@ class DistillationLoss:
             teacher_share=teacher_share,
         )
         flat = {who: self._at(positions, logits, last) for who, logits in given.items()}
-        by_token = objective.normalize == "token"
-        counted = len(positions) if by_token else learned.any(1).sum()
+        classes = classes_of(student) if self.classes is None else self.classes
+        rows = learned_rows(labels, learned, classes)
+        counted, items = rows, "rows with a learned position"
+        if objective.normalize == "token":
+            counted, items = len(positions), "learned positions"
         place = (self.seed, self._step, self._micro_step, _process())
         self.last = self.engine(
             flat["student"],
             flat.get("teacher", no_teacher(batch)),
             batch,
-            whole=max(1.0, float(counted if num_items is None else num_items)),
+            whole=whole_of(num_items, counted, items),
             progress=self._progress,
             generator=generator_at("cpu", *place),
             reference=flat.get("reference"),
@@ -299,7 +311,17 @@ class DistillationLoss:
         return {"step": torch.tensor(self._step)} | self.engine.objective.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave, at the end of a step."""
+        """Take back what `state_dict` gave, at the end of a step.
+
+        Raises:
+            UserError: The state is that of a loss with other components.
+        """
+        other = ", ".join(sorted(self.state_dict().keys() ^ state.keys()))
+        if other:
+            raise UserError(
+                f"the state is not of this loss: only one of the two has {other}",
+                "build the loss with the components of the one that was saved",
+            )
         self._step = int(state["step"])
         self.engine.objective.load_state_dict(state)
 
@@ -308,38 +330,11 @@ class DistillationLoss:
         """Share of the training done, in [0, 1]; NaN where nobody knows it."""
         return float("nan") if self.steps is None else self._step / max(1, self.steps)
 
-    def _classes(self, logits: Logits) -> int:
-        made, head = _made(logits)
-        return made.shape[-1] if head.weight is None else head.shape[0]
-
-    def _refuse_unlike(self, given: Mapping[str, Logits], labels: Tensor) -> None:
-        """Raises UserError for tensors of other rows, positions or classes."""
-        for who, logits in given.items():
-            found, wanted = list(_made(logits)[0].shape), list(labels.shape)
-            if found[:-1] != wanted:
-                raise UserError(
-                    f"the {who}'s tensor {found} does not fit labels {wanted}",
-                    "pass [B, T, V] with labels [B, T], or [B, V] with labels [B] for a classifier",
-                )
-        classes = {who: self._classes(logits) for who, logits in given.items()}
-        if self.classes is None and len(set(classes.values())) > 1:
-            each = ", ".join(f"{who} {count}" for who, count in classes.items())
-            raise UserError(
-                f"the models have different numbers of classes: {each}",
-                f"if the rest is padding, pass classes={min(classes.values())}; models of "
-                "different tokenizers cannot be compared",
-            )
-        if self.classes is not None and min(classes.values()) < self.classes:
-            raise UserError(
-                f"classes={self.classes}, but a model has {min(classes.values())}",
-                f"pass classes={min(classes.values())} or less",
-            )
-
     def _at(self, positions: Tensor, logits: Logits, last: int) -> HiddenLogits:
         """The logits at positions [N] of the first ``last`` ones of each row, laid flat."""
-        made, head = _made(logits)
+        made, head = made_of(logits)
         by_position = made[:, None] if made.ndim == 2 else made[:, :last]
-        classes = self._classes(logits) if self.classes is None else self.classes
+        classes = classes_of(logits) if self.classes is None else self.classes
         return HiddenLogits(by_position[positions // last, positions % last], head, classes)
 
 
@@ -378,14 +373,6 @@ def _built(kind: str, chosen: Any, context: ChoiceBuilder) -> Any:
 
 def _name(gate: Any) -> str:
     return gate.name if isinstance(gate, Choice) else type(gate).__name__
-
-
-def _made(logits: Logits) -> tuple[Tensor, Head]:
-    """What is given at each position, and the head that makes logits of it."""
-    if isinstance(logits, Tensor):
-        return logits, Head()
-    hidden, head = logits
-    return hidden, head if isinstance(head, Head) else Head(head.weight, head.bias)
 
 
 def _process() -> int:

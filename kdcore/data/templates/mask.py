@@ -39,6 +39,7 @@ from kdcore.data.templates.notes import (
     OPENING_AS_END,
     OTHER_START,
     OTHER_TOKENIZER,
+    PADDING,
     UNREAD,
     is_all,
     lost,
@@ -87,7 +88,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int) -> Row:
             "add a response, let the teacher generate it (data.responses.by: teacher), or set "
             "tidy: true in the source for chats as they are exported",
         )
-    conversation, notes = _with_own_tokens(conversation, tokenizer)
+    conversation, notes = _with_known_tokens(conversation, tokenizer)
     if not conversation.plain:
         conversation = with_cut_thought(conversation, template_of(conversation, tokenizer))
     text, responses = (_plain if conversation.plain else _templated)(conversation, tokenizer)
@@ -161,14 +162,31 @@ def _turns(conversation: Conversation) -> list[int]:
     return [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
 
 
-def _with_own_tokens(
+@functools.lru_cache(maxsize=8)
+def _known_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(tokenizer.get_vocab().values())
+
+
+def _with_known_tokens(
     conversation: Conversation, tokenizer: Any
 ) -> tuple[Conversation, tuple[str, ...]]:
-    """The conversation without the tokens of another tokenizer, with a note about them."""
-    if not conversation.tokenizer or conversation.tokenizer == digest_of(tokenizer):
+    """The conversation without tokens that are not the tokenizer's, with a note about them.
+
+    A model whose logits are padded may sample a class of the padding; another model of the same
+    tokenizer may have no such class.
+    """
+    if conversation.tokenizer and conversation.tokenizer != digest_of(tokenizer):
+        strange, note = [True] * len(conversation.messages), OTHER_TOKENIZER
+    else:
+        said = (message.tokens for message in conversation.messages)
+        strange, note = [not _known_ids(tokenizer).issuperset(ids) for ids in said], PADDING
+    if not any(strange):
         return conversation, ()
-    messages = tuple(replace(message, tokens=()) for message in conversation.messages)
-    return replace(conversation, messages=messages), (OTHER_TOKENIZER,)
+    messages = (
+        replace(message, tokens=()) if is_so else message
+        for message, is_so in zip(conversation.messages, strange, strict=True)
+    )
+    return replace(conversation, messages=tuple(messages)), (note,)
 
 
 def _plain(conversation: Conversation, tokenizer: Any) -> tuple[str, list[Response]]:

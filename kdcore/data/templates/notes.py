@@ -9,7 +9,7 @@ from typing import Any
 from kdcore.data.conversation import Conversation, Message
 from kdcore.data.templates.rendering import REASONING, names
 
-NOTES_RULE = 1
+NOTES_RULE = 2
 """Version of the notes, which are stored with encoded rows; those under another version are encoded
 again."""
 
@@ -37,6 +37,7 @@ NO_PROMPT = (
     "it out"
 )
 OTHER_TOKENIZER = "a response was generated with another tokenizer; its text is learned"
+PADDING = "a response has ids from the padding of a vocabulary; its text is learned instead"
 
 
 def lost(message: Message, shown: str, template: str) -> tuple[str, ...]:

@@ -49,3 +49,20 @@ Schedule: TypeAlias = Annotated[_Value | list[tuple[_Progress, _Value]], WrapVal
 
 PositiveSchedule: TypeAlias = Annotated[Schedule, AfterValidator(_positive)]
 """The same, above 0."""
+
+COLDEST, HOTTEST = 1e-3, 100.0
+
+
+def _tempered(schedule: float | Points) -> float | Points:
+    values = [value for _, value in schedule] if isinstance(schedule, list) else [schedule]
+    if not COLDEST <= min(values) <= max(values) <= HOTTEST:
+        raise ValueError(
+            f"must be between {COLDEST:g} and {HOTTEST:g} at every point, as rounding errors "
+            "replace the loss beyond"
+        )
+    return schedule
+
+
+Temperature: TypeAlias = Annotated[PositiveSchedule, AfterValidator(_tempered)]
+"""A temperature of the loss. Logits divided by more differ by less than float32 resolves after
+their softmax, and tau^2 multiplies what is left; with less, tau^2 leaves no loss."""

@@ -29,7 +29,7 @@ from kdcore.specs.parts.fields import (
     Seed,
     SpecModel,
 )
-from kdcore.specs.parts.schedule import PositiveSchedule, Schedule
+from kdcore.specs.parts.schedule import Schedule, Temperature
 
 _FORWARD_KL: Any = "forward_kl"
 
@@ -202,7 +202,7 @@ class MethodSpec(SpecModel):
         "(default: divergence)",
     )
     momentum: MomentumChoice = _SHARED
-    tau: PositiveSchedule = Field(
+    tau: Temperature = Field(
         1.0, description="temperature of the loss; the loss is multiplied by tau^2"
     )
     terms: dict[str, Schedule] = Field(

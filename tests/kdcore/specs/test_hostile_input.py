@@ -41,6 +41,8 @@ def spec(**changes: Any) -> DistillSpec:
         {"seed": 2**32},
         {"method": {"tau": 0}},
         {"method": {"tau": [[0, 1], [1, 0]]}},
+        {"method": {"tau": [[0, 1], [1, 1000]]}},
+        {"method": {"tau": 1e-6}},
         {"method": {"terms": {"task": float("nan")}}},
         {"training": {"learning_rate": float("inf")}},
         {"training": {"epochs": float("inf")}},

@@ -19,6 +19,7 @@ from kdcore.method.logits import Head, HiddenLogits
 from kdcore.method.loss_engine import LossEngine
 from kdcore.method.records import Batch
 from kdcore.models.assembly import Assembly
+from kdcore.specs.parts.schedule import COLDEST, HOTTEST
 from kdcore.specs.parts.student_method import StudentMethodSpec
 from kdcore.specs.parts.training import MethodSpec
 from kdcore.training.loss import DistillationLoss
@@ -43,6 +44,16 @@ def test_equals_forward_kl_over_the_shifted_positions() -> None:
     torch.testing.assert_close(found, wanted)
     grads = [torch.autograd.grad(loss, student)[0] for loss in (found, wanted)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("tau", [COLDEST, 1.0, HOTTEST])
+def test_rounding_leaves_the_loss_of_each_temperature(tau: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(4, 1000, generator=generator) for _ in "ab")
+    found = DistillationLoss(tau=tau)(student, teacher, torch.zeros(4, dtype=torch.int64))
+    p, q = ((logits.double() / tau).log_softmax(-1) for logits in (teacher, student))
+    wanted = tau**2 * (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
 
 
 NORMALIZE = ["sequence", "token", "accepted"]
@@ -329,6 +340,61 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         DistillationLoss(classes=12)(student, teacher, labels)
     cut = DistillationLoss(classes=10)(student, teacher[..., :10], labels.clamp(max=9))
     assert cut == DistillationLoss()(student[..., :10], teacher[..., :10], labels.clamp(max=9))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_labels_of_any_integers_are_read(dtype: torch.dtype) -> None:
+    student, teacher, labels = tensors()
+    loss = DistillationLoss(terms={"task": 0.5}, splitters=["target_split"])
+    found = loss(student, teacher, labels.to(dtype))
+    assert found == loss(student, teacher, labels)
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        ({"labels": torch.ones(4, 7)}, r"the labels are a float32 tensor \[4, 7\]"),
+        ({"labels": torch.ones(4, 7, dtype=torch.bool)}, "the labels are a bool tensor"),
+        ({"labels": None}, "the labels are a NoneType"),
+        ({"labels": torch.full((4, 7), 11)}, "the labels contain 11, but the classes are 0 to 10"),
+        ({"labels": torch.full((4, 7), -1)}, "the labels contain -1"),
+        ({"student": [[0.0]]}, "the student's logits are a list"),
+        ({"teacher": torch.ones(4, 7, 11).long()}, "the teacher's logits are an int64 tensor"),
+        ({"mask": torch.full((4, 7), 0.5)}, "the mask is a float32 tensor"),
+        ({"mask": torch.ones(4, 6, dtype=torch.bool)}, r"the mask \[4, 6\] does not fit labels"),
+        ({"num_items": 0}, "num_items=0 is not a number of rows .*, and this micro-batch has 4"),
+        ({"num_items": -8.0}, "num_items=-8.0 is not"),
+        ({"num_items": float("nan")}, "num_items=nan is not"),
+        ({"num_items": torch.ones(2)}, "num_items=tensor"),
+    ],
+)
+def test_a_wrong_argument_is_refused(given: dict[str, Any], cause: str) -> None:
+    student, teacher, labels = tensors()
+    arguments = {"student": student, "teacher": teacher, "labels": labels} | given
+    with pytest.raises(UserError, match=cause):
+        DistillationLoss()(**arguments)
+
+
+@pytest.mark.parametrize("name", ["classes", "steps", "chunk"])
+def test_a_count_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}=0 is below 1"):
+        DistillationLoss(**{name: 0})
+
+
+def test_the_state_of_a_loss_with_other_components_is_refused() -> None:
+    plain, taid = DistillationLoss(), DistillationLoss(divergence="taid", steps=2)
+    for loss, other in ((plain, taid), (taid, plain)):
+        with pytest.raises(UserError, match="only one of the two has divergence/momentum, "):
+            loss.load_state_dict(other.state_dict())
+
+
+def test_the_loss_in_inference_mode_is_that_of_a_step() -> None:
+    student, teacher, labels = tensors()
+    head = nn.Linear(11, 11)
+    loss = DistillationLoss(gates=["entropy"], terms={"task": 0.5}, chunk=4)
+    wanted = loss((student, head), (teacher, head), labels)
+    with torch.inference_mode():
+        assert loss((student.clone(), head), (teacher.clone(), head), labels) == wanted
 
 
 def test_gate_weights_outside_the_range_of_their_gate_are_refused_at_the_end_of_the_step() -> None:

@@ -18,6 +18,7 @@ from kdcore.data.templates.notes import (
     OPENING_AS_END,
     OTHER_START,
     OTHER_TOKENIZER,
+    PADDING,
 )
 from kdcore.errors import UserError
 from kdcore.method.records import Row
@@ -278,6 +279,17 @@ def test_tokens_of_another_tokenizer_are_not_learned() -> None:
     tokenizer = OLMO.tokenizer()
     row = encode(conversation, tokenizer, 4096)
     assert learned(row, tokenizer) == "first<|endoftext|>" and row.notes == (OTHER_TOKENIZER,)
+
+
+def test_ids_from_the_padding_of_a_teachers_vocabulary_are_not_learned() -> None:
+    """A student of the same tokenizer may have no such class; earlier responses keep their ids."""
+    tokenizer = OLMO.tokenizer()
+    before, last = said("first", tokens=(*b"xy",)), said("last", tokens=(5, len(tokenizer), 6))
+    turns = (user("one"), before, user("two"), last)
+    row = encode(Conversation("x", turns, tokenizer=digest_of(tokenizer)), tokenizer, 4096)
+    assert row.notes == (PADDING,) and int(row.labels.max()) < len(tokenizer)
+    assert learned(row, tokenizer).endswith("last<|endoftext|>")
+    assert row.labels[row.mask].tolist()[:2] == [*b"xy"]
 
 
 def test_the_date_of_a_template_is_the_pinned_one() -> None:
