@@ -15,6 +15,8 @@ from typing import Any
 
 MOST_NAMES = 24
 """As many as a message lists."""
+GZIP = b"\x1f\x8b"
+"""The first bytes of a file that is compressed by gzip."""
 RERUN = "rerun with resume=True if the spec is unchanged, else with overwrite=True"
 """The cure after a run failed: a plugin or the data may be mended, or the spec."""
 _LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -140,7 +142,7 @@ def not_utf8(path: Path, fault: UnicodeDecodeError) -> UserError:
     """
     if fault.reason == "unexpected end of data":
         return UserError(f"{path} ends inside a character", "copy it again: its end is missing")
-    if fault.object[:2] == b"\x1f\x8b":
+    if fault.object[:2] == GZIP:
         return UserError(
             f"{path} is compressed by gzip", "uncompress it (gunzip), and name the result"
         )

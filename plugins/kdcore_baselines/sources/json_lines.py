@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcore.errors import UserError, not_utf8, unreadable
+from kdcore.errors import GZIP, UserError, not_utf8, unreadable
 
 WHERE = "the spec's folder (for an option, to the working directory)"
 """Folder that the path of a source is relative to."""
@@ -62,7 +62,7 @@ def row_of(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
         UserError: The line is not a JSON object in UTF-8.
     """
     place = f"{path.name}:{number}"
-    if b"\0" in line and line[:2] not in (BOM_UTF16_LE, BOM_UTF16_BE):
+    if b"\0" in line and line[:2] not in (BOM_UTF16_LE, BOM_UTF16_BE, GZIP):
         raise UserError(
             f"{place} contains NUL bytes: the file is in UTF-16, or damaged",
             "save it as UTF-8, or copy it again",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from types import MappingProxyType
@@ -447,6 +448,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert cause() == f"{path} is not UTF-8: it is in UTF-16"
     path.write_bytes('{"prompt": "q"}\n'.encode("utf-16-le"))
     assert cause() == "rows.jsonl:1 contains NUL bytes: the file is in UTF-16, or damaged"
+    path.write_bytes(gzip.compress(b'{"prompt": "q"}\n'))
+    assert cause() == f"{path} is compressed by gzip"
     path.write_bytes('{"prompt": "\xfc'.encode()[:-1])
     assert cause() == f"{path} ends inside a character"
     path.unlink()
