@@ -117,7 +117,7 @@ class BenchSpec(SpecModel):
             if PLAIN in names:
                 raise ValueError(
                     f"the method name '{PLAIN}' is reserved for decoding without a drafter, which "
-                    "is always measured: leave it out, or choose another name"
+                    "is always measured: choose another name"
                 )
         for (kind, names), (other, others) in combinations(kinds.items(), 2):
             for name in names.keys() & others.keys():
